@@ -1,0 +1,155 @@
+"""One rank inside its barrier task: who it is, what it was given, how it meets the others."""
+
+import contextlib
+import logging
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from sparkdl.barrier.channel import ChannelAddress, RankChannel, local_address
+from sparkdl.barrier.process_group import is_communication_error, process_group
+from sparkdl.barrier.rendezvous import Entry, agree, bind_store, find_versions
+from sparkdl.barrier.world import World, world_of
+from sparkdl.errors import Failure, LaunchError
+
+__all__ = ["RankContext"]
+
+logger = logging.getLogger(__name__)
+
+_LINGER_SECONDS = 2.0
+FAILURE_NOTE = "sparkdl failure: "
+
+
+@dataclass(slots=True)
+class RankContext:
+    """What a barrier task knows of itself.
+
+    Attributes:
+        world: Its place among the ranks.
+        run_id: Identifies the run.
+        channel: Its line to the driver.
+        task_cpus: Cores that Spark gave the task.
+        gpu_addresses: GPUs that Spark gave the task.
+        all_gather: Spark's barrier all-gather of one string per rank.
+    """
+
+    world: World
+    run_id: str
+    channel: RankChannel
+    task_cpus: int
+    gpu_addresses: tuple[str, ...]
+    all_gather: Callable[[str], Sequence[str]]
+    _listener: socket.socket | None = None
+    _store: tuple[str, int] | None = None
+
+    @classmethod
+    def of_barrier_task(cls, run_id: str, world_size: int, channel: ChannelAddress | None) -> "RankContext":
+        """The rank of the barrier task that this Python worker runs.
+
+        Raises:
+            LaunchError: Spark started another number of tasks than asked.
+        """
+        from pyspark import BarrierTaskContext
+
+        task = BarrierTaskContext.get()
+        addresses = [info.address for info in task.getTaskInfos()]
+        if len(addresses) != world_size:
+            raise LaunchError(
+                f"{world_size} barrier tasks were asked for, but Spark started {len(addresses)}. "
+                "Was the DataFrame repartitioned after it was handed over?"
+            )
+        world = world_of(task.partitionId(), addresses)
+        gpu = task.resources().get("gpu")
+        return cls(
+            world=world,
+            run_id=run_id,
+            channel=RankChannel(channel, rank=world.rank, host=addresses[world.rank]),
+            task_cpus=task.cpus(),
+            gpu_addresses=tuple(gpu.addresses) if gpu else (),
+            all_gather=task.allGather,
+        )
+
+    @property
+    def address(self) -> str:
+        """The address of this host at which the other ranks reach it."""
+        if self.world.one_host:
+            return "127.0.0.1"
+        peer = next(host for host in self.world.hosts if host != self.world.hosts[self.world.rank])
+        return local_address(peer)
+
+    def agree(self, prepare: Callable[[], tuple[str, dict[str, Any]]]) -> tuple[Entry, ...]:
+        """Do what may fail alone, then meet the others once.
+
+        Args:
+            prepare: Returns this rank's fingerprint and the facts that the others need.
+
+        Returns:
+            The entries of all ranks, in rank order.
+
+        Raises:
+            SparkdlError: On every rank the same, where ``prepare`` failed on any of them or the ranks differ.
+        """
+        rank, host = self.world.rank, self.world.hosts[self.world.rank]
+        try:
+            fingerprint, facts = prepare()
+            if rank == 0:
+                self._listener = bind_store(self.address)
+            store = (self.address, self._listener.getsockname()[1]) if self._listener else None
+            entry = Entry(rank, host, find_versions(), fingerprint=fingerprint, facts=facts, store=store)
+        except Exception as error:
+            entry = Entry(rank, host, find_versions(), failure=self.failure(error))
+        entries = agree(entry, self.all_gather)
+        self._store = entries[0].store
+        return entries
+
+    @contextlib.contextmanager
+    def process_group(
+        self, device: torch.device, *, rendezvous_timeout: timedelta, collective_timeout: timedelta
+    ) -> Iterator[None]:
+        """`torch.distributed`, ready for the time of the block; call `agree` first."""
+        assert self._store is not None
+        with process_group(
+            self.world,
+            store_address=self._store,
+            listener=self._listener,
+            address=self.address,
+            prefix=self.run_id,
+            device=device,
+            rendezvous_timeout=rendezvous_timeout,
+            collective_timeout=collective_timeout,
+        ):
+            yield
+
+    def failure(self, error: BaseException) -> Failure:
+        """This rank's account of ``error``."""
+        return Failure(
+            rank=self.world.rank,
+            host=self.world.hosts[self.world.rank],
+            kind=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            consequence=is_communication_error(error),
+        )
+
+    def report(self, error: BaseException) -> Failure:
+        """Tell the driver of a failure; waits a moment where a peer's failure is the likely cause.
+
+        The wait lets the cause reach Spark before its consequence does: Spark keeps the first task failure.
+        """
+        failure = self.failure(error)
+        self.channel.send(
+            "failure",
+            kind=failure.kind,
+            message=failure.message,
+            traceback=failure.traceback,
+            consequence=failure.consequence,
+        )
+        if failure.consequence:
+            time.sleep(_LINGER_SECONDS)
+        return failure

@@ -1,0 +1,128 @@
+"""`torch.distributed` for the time of one run, bound to one network interface.
+
+Nothing here outlives the block on success. On failure nothing is cleaned up that could wait for a peer: once DDP has
+run, neither `abort` nor `destroy_process_group` wakes the others, only the death of this process does.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from sparkdl.barrier.world import World
+
+__all__ = ["interface_of", "is_communication_error", "process_group"]
+
+logger = logging.getLogger(__name__)
+
+_COMMUNICATION_WORDS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "timed out waiting",
+    "connection refused",
+    "failed to recv",
+    "nccl communicator was aborted",
+    "remote process exited",
+)
+
+
+@contextlib.contextmanager
+def process_group(
+    world: World,
+    *,
+    store_address: tuple[str, int],
+    listener: socket.socket | None,
+    address: str,
+    prefix: str,
+    device: torch.device,
+    rendezvous_timeout: timedelta,
+    collective_timeout: timedelta,
+) -> Iterator[None]:
+    """Join the default process group, and leave it when the block ends well.
+
+    Args:
+        world: This rank's place.
+        store_address: Where rank 0's store listens.
+        listener: Rank 0's own listening socket (closed with the store); None on other ranks.
+        address: This host's address that the peers reach; gloo and NCCL are bound to its interface.
+        prefix: Put before every key in the store, so that runs never read each other's.
+        device: Where tensors live; decides between NCCL and gloo.
+        rendezvous_timeout: How long to wait for the other ranks to join.
+        collective_timeout: How long one collective may take.
+    """
+    if dist.is_initialized():  # left by other code in a reused Python worker
+        logger.warning("leaving the process group that an earlier job left open in this Python worker")
+        dist.destroy_process_group()
+    with _bound_to(interface_of(address)):
+        store = dist.PrefixStore(
+            prefix,
+            dist.TCPStore(
+                store_address[0],
+                store_address[1],
+                world.world_size,
+                is_master=world.rank == 0,
+                timeout=rendezvous_timeout,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach() if listener is not None else None,
+            ),
+        )
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=collective_timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        yield
+        dist.barrier()  # rank 0 holds the store: it must not leave while others still read it
+        dist.destroy_process_group()
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has ``address``; None where no interface has it."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    return None
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """True where the error says that a peer went away, so that the cause is probably elsewhere."""
+    if not isinstance(error, RuntimeError | OSError):
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(words in text for words in _COMMUNICATION_WORDS)
+
+
+@contextlib.contextmanager
+def _bound_to(interface: str | None) -> Iterator[None]:
+    """Point gloo and NCCL to one interface; left alone, gloo takes whatever the hostname resolves to."""
+    if interface is None:
+        yield
+        return
+    with environment({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}):
+        yield
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the block and put back what was there: Python workers are reused by later jobs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

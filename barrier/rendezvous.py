@@ -1,0 +1,133 @@
+"""One message per rank, gathered once: all ranks agree to start, or all fail with the same sentence.
+
+Spark's barrier `allGather` costs about a second whatever it carries, so everything that ranks must know of each other
+travels in one entry: address, versions, plan, and the error of a rank that failed before it got here.
+"""
+
+import json
+import platform
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sparkdl import errors
+from sparkdl.errors import Failure, LaunchError, SparkdlError, TrainingFailedError
+
+__all__ = ["Entry", "Versions", "agree", "bind_store", "find_versions"]
+
+Versions = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a rank says to all others before any of them joins the process group.
+
+    Attributes:
+        rank: The rank.
+        host: Its executor's address, as Spark knows it.
+        versions: Its Python and packages.
+        executable: Its Python's path.
+        fingerprint: Digest of what must be equal on all ranks.
+        facts: What the others need to know of it (its rows, say).
+        store: ``(address, port)`` of the store; from rank 0 only.
+        failure: Set where the rank failed before it got here.
+    """
+
+    rank: int
+    host: str
+    versions: Versions
+    executable: str = sys.executable
+    fingerprint: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    store: tuple[str, int] | None = None
+    failure: Failure | None = None
+
+
+def find_versions() -> Versions:
+    """Versions of this process that must be equal on all ranks."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "pyarrow", "numpy", "petastorm", "sparkdl-torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def agree(entry: Entry, all_gather: Callable[[str], Sequence[str]]) -> tuple[Entry, ...]:
+    """Exchange entries; return those of all ranks, or raise the same error on every rank.
+
+    Args:
+        entry: This rank's own.
+        all_gather: Sends a message to all ranks and returns everyone's, in rank order.
+
+    Raises:
+        SparkdlError: A rank failed before it got here; the error is that rank's own.
+        LaunchError: The ranks differ in versions or fingerprint; the message names the odd one.
+    """
+    entries = tuple(_decode(message) for message in all_gather(json.dumps(asdict(entry))))
+    failures = {other.rank: other.failure for other in entries if other.failure is not None}
+    if failures:
+        raise error_of(failures)
+    for name in entry.versions:
+        _check_equal(name, [other.versions.get(name, "missing") for other in entries], entries)
+    _check_equal("plan", [other.fingerprint for other in entries], entries)
+    return entries
+
+
+def error_of(failures: dict[int, Failure]) -> SparkdlError:
+    """The exception that stands for the failures of some ranks: the first cause, by class where it is one of ours."""
+    causes = [failure for failure in failures.values() if not failure.consequence] or list(failures.values())
+    first = causes[0]
+    kind = getattr(errors, first.kind, None)
+    if isinstance(kind, type) and issubclass(kind, SparkdlError) and kind is not TrainingFailedError:
+        return kind(first.message)
+    return TrainingFailedError(
+        f"Rank {first.rank} on {first.host} failed: {first.kind}: {first.message}\n\n{first.traceback}", failures
+    )
+
+
+def bind_store(address: str) -> socket.socket:
+    """A listening socket on ``address`` alone, on a port that the system chose: nothing can take it before the store."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind((address, 0))
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _decode(message: str) -> Entry:
+    values = json.loads(message)
+    failure = values.pop("failure")
+    store = values.pop("store")
+    return Entry(
+        **values,
+        failure=Failure(**failure) if failure else None,
+        store=(store[0], store[1]) if store else None,
+    )
+
+
+def _check_equal(name: str, values: Sequence[str], entries: Sequence[Entry]) -> None:
+    counts = Counter(values).most_common()
+    if len(counts) == 1:
+        return
+    usual = counts[0][0]
+    odd = next(entry for entry, value in zip(entries, values, strict=True) if value != usual)
+    found = values[odd.rank]
+    if name == "plan":
+        raise LaunchError(
+            f"Rank {odd.rank} on {odd.host} found other data than the rest (plan {found} instead of {usual}). "
+            "All ranks must see the same files; is the staging directory shared by all executors?"
+        )
+    raise LaunchError(
+        f"Rank {odd.rank} on {odd.host} runs {name} {found} ({odd.executable}), the other ranks {usual}. "
+        "Install the same versions on all executors."
+    )

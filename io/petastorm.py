@@ -1,0 +1,191 @@
+"""Reading through Petastorm: its `Reader`, its ventilator and its thread pool, on a plan and without pandas.
+
+Petastorm's own reader lists the files, deals row groups to shards by index and hands results out as they complete. This
+one is told what to read and in which order, and keeps that order: results carry their place in the plan and wait in a
+bounded buffer until their turn, so that 1 and 8 threads give the same sequence, and a result that never comes is an
+error with a name instead of a shorter epoch.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from petastorm.reader import Reader
+from petastorm.workers_pool import EmptyResultError
+from petastorm.workers_pool.thread_pool import ThreadPool
+from petastorm.workers_pool.ventilator import ConcurrentVentilator
+from petastorm.workers_pool.worker_base import WorkerBase
+
+from sparkdl.errors import DataError
+from sparkdl.io.plan import Piece
+from sparkdl.storage import open_file_system
+
+__all__ = ["PlannedReader"]
+
+Decode = Callable[[pa.Table], Any]
+_VENTILATION_SECONDS = 0.001
+
+
+class PlannedReader(Reader):  # type: ignore[misc]
+    """One pass over the pieces of a plan, in the order of the plan.
+
+    Iterating yields what ``decode`` made of each piece. Use as a context manager: leaving it stops the threads and
+    closes the files.
+
+    Args:
+        pieces: What to read, in order.
+        columns: Names of the columns to read.
+        decode: Turns the Arrow table of a piece into what is handed out; runs in the reader threads.
+        threads: Reader threads.
+        ahead: Pieces that may be in the works or wait for their turn at any time.
+
+    Raises:
+        DataError: While iterating, where a file cannot be read or a piece is missing; names the file and row group.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        columns: Sequence[str],
+        decode: Decode,
+        threads: int = 1,
+        ahead: int = 4,
+    ) -> None:
+        # Petastorm's constructor lists files and loads footers to build its own plan; ours is complete. What follows
+        # sets the attributes that Reader's iteration, stop() and join() work on.
+        self.num_epochs = 1
+        self.is_batched_reader = True
+        self.ngram = None
+        self.schema = None
+        self.last_row_consumed = False
+        self.stopped = False
+        self._pieces = tuple(pieces)
+        self._files = _OpenFiles()
+        self._waiting: dict[int, Any] = {}
+        self._delivered = 0
+        self._results_queue_reader = _InOrder(self)
+        self._workers_pool = ThreadPool(threads, results_queue_size=ahead)
+        items = [{"number": number, "piece": piece} for number, piece in enumerate(self._pieces)]
+        self.ventilator = _InOrderVentilator(
+            self._workers_pool.ventilate,
+            items,
+            max_ventilation_queue_size=ahead,
+            ventilation_interval=_VENTILATION_SECONDS,
+        )
+        arguments = (self._files, tuple(columns), decode)
+        self._workers_pool.start(_PieceWorker, arguments, ventilator=self.ventilator)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self._files.close()
+
+    def next_in_order(self, pool: ThreadPool) -> Any:
+        """The next piece of the plan.
+
+        Raises:
+            StopIteration: All pieces were handed out.
+            DataError: A file cannot be read, or the pool ended with this piece missing.
+        """
+        number = self._delivered
+        if number == len(self._pieces):
+            raise StopIteration
+        while number not in self._waiting:
+            try:
+                done, result = pool.get_results()
+            except EmptyResultError:
+                group = self._pieces[number].row_group
+                raise DataError(
+                    f"The reader ended without row group {group.index} of {group.path} ({len(self._waiting)} later ones "
+                    "had arrived). This is a defect of the reader; the epoch was not completed."
+                ) from None
+            self._waiting[done] = result
+        result = self._waiting.pop(number)
+        if isinstance(result, Exception):
+            raise result
+        self._delivered += 1
+        self.ventilator.delivered()
+        return result
+
+
+class _InOrder:
+    """Petastorm's protocol between `Reader` and the pool's results."""
+
+    batched_output = True
+
+    def __init__(self, reader: PlannedReader) -> None:
+        self._reader = reader
+
+    def read_next(self, workers_pool: ThreadPool, schema: Any, ngram: Any) -> Any:
+        return self._reader.next_in_order(workers_pool)
+
+
+class _InOrderVentilator(ConcurrentVentilator):  # type: ignore[misc]
+    """Counts a piece as processed when it is handed out, not when a thread is done with it.
+
+    Petastorm's count would let the buffer of results that wait for their turn grow without bound behind a slow piece.
+    """
+
+    def processed_item(self) -> None:
+        """Called by the pool; see `delivered`."""
+
+    def delivered(self) -> None:
+        """Make room for one more piece."""
+        super().processed_item()
+
+
+class _PieceWorker(WorkerBase):  # type: ignore[misc]
+    """Reads a piece and publishes ``(number, decoded)``, or ``(number, error)``."""
+
+    def process(self, number: int, piece: Piece) -> None:
+        files, columns, decode = self.args
+        group = piece.row_group
+        try:
+            table = files.get(group.path).read_row_group(group.index, columns=list(columns), use_threads=False)
+            if table.num_rows != group.rows:
+                raise pa.ArrowInvalid(f"it has {table.num_rows} rows, {group.rows} were planned")
+            result = decode(table.slice(piece.start, piece.rows))
+        except (OSError, pa.ArrowException, KeyError, IndexError) as error:
+            result = DataError(
+                f"Row group {group.index} of {group.path} cannot be read: {error}. The file was changed, cut short or "
+                "removed after it was staged; fit again."
+            )
+        except Exception as error:
+            result = error
+        self.publish_func((number, result))
+
+
+class _OpenFiles:
+    """Parquet files that the reader threads hold open: one handle per thread and file."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[tuple[int, str], pq.ParquetFile] = {}
+
+    def get(self, path: str) -> pq.ParquetFile:
+        key = (threading.get_ident(), path)
+        found = self._open.get(key)
+        if found is None:
+            file_system, inner = open_file_system(path)
+            local = file_system.type_name == "local"
+            source = inner if local else file_system.open_input_file(inner)
+            found = pq.ParquetFile(source, memory_map=local)
+            with self._lock:
+                self._open[key] = found
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._open.values():
+                file.close(force=True)
+            self._open.clear()
+
+

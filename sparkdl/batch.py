@@ -1,0 +1,52 @@
+"""The one type that the reader hands to the training loop."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+__all__ = ["Batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows that one rank feeds one step (its slice of the global batch).
+
+    Attributes:
+        inputs: One tensor per input column, each of shape (rows, ...).
+        labels: One tensor per label column, each of shape (rows,) or (rows, targets).
+        weight: Row weights of shape (rows,), or None where every row counts once.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    labels: tuple[torch.Tensor, ...]
+    weight: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows; 0 where this rank has none in the step."""
+        return len(self.inputs[0])
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on ``device``; itself where it is there already."""
+        if self.inputs[0].device == device:
+            return self
+        return Batch(
+            tuple(tensor.to(device, non_blocking=True) for tensor in self.inputs),
+            tuple(tensor.to(device, non_blocking=True) for tensor in self.labels),
+            None if self.weight is None else self.weight.to(device, non_blocking=True),
+        )
+
+    def split(self, rows: int | None) -> Iterator["Batch"]:
+        """Micro-batches of at most ``rows`` rows, in order; one empty batch stays one empty batch."""
+        if rows is None or self.rows <= rows:
+            yield self
+            return
+        for start in range(0, self.rows, rows):
+            part = slice(start, start + rows)
+            yield replace(
+                self,
+                inputs=tuple(tensor[part] for tensor in self.inputs),
+                labels=tuple(tensor[part] for tensor in self.labels),
+                weight=None if self.weight is None else self.weight[part],
+            )

@@ -1,0 +1,125 @@
+"""What a run is: frozen values that travel from the driver to the ranks.
+
+The text under a field of `TrainConfig` is also the doc of the Spark Param of that name (in camelCase) and of the
+generated reference table, so that each setting is described once.
+"""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+__all__ = ["Column", "Columns", "Device", "RunSpec", "Shuffle", "TrainConfig", "Validity"]
+
+Shuffle = Literal["window", "none"]
+Device = Literal["auto", "cpu", "cuda"]
+Validity = Literal["finite", "class", "weight", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One DataFrame column on its way to a tensor.
+
+    Attributes:
+        name: The column's name in the user's DataFrame, for messages.
+        field: The column's name in staged data: ``input_0``, ``label_0``, ``weight``, ``validation``.
+        kind: How Spark holds it: an ML vector, an array or a number.
+        dtype: Name of the torch dtype that the tensor gets.
+        flat: True where a number becomes shape (rows,) instead of (rows, 1).
+        validity: What its values must be, apart from not null.
+    """
+
+    name: str
+    field: str
+    kind: Literal["vector", "array", "scalar"]
+    dtype: str
+    flat: bool = False
+    validity: Validity = "finite"
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns that a run reads, by role."""
+
+    inputs: tuple[Column, ...]
+    labels: tuple[Column, ...]
+    weight: Column | None = None
+    validation: Column | None = None
+
+    def __iter__(self) -> Any:
+        yield from self.inputs
+        yield from self.labels
+        if self.weight is not None:
+            yield self.weight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How a module is trained. Every field is a Param of the Estimators, in camelCase."""
+
+    max_epochs: int = 10
+    """Passes over the training rows."""
+
+    batch_size: int = 256
+    """Rows per optimizer step over all ranks together (the global batch). Each rank feeds its share; the log says
+    how it divides, as in '256 = 4 x 64'."""
+
+    micro_batch_size: int | None = None
+    """Rows that one forward sees at most. A rank's share of the batch is cut into such pieces and their gradients
+    are accumulated; the result is that of the whole share. None: one piece."""
+
+    shuffle: Shuffle = "window"
+    """'window' re-draws the order of row groups, and of the rows within a window of them, every epoch from (seed,
+    epoch, shard). 'none' keeps the order of each shard; shards are still interleaved in every batch."""
+
+    seed: int = 0
+    """Seed of the initial weights, of the order of the rows and of random layers."""
+
+    num_train_workers: int = 1
+    """Ranks: barrier tasks that train together, each in a slot of its own."""
+
+    num_shards: int | None = None
+    """Slices that every global batch is made of. The batches depend on this number and not on numTrainWorkers, so a
+    fit with fewer ranks and the same numShards sees the same batches. At least numTrainWorkers, at most batchSize.
+    None: numTrainWorkers."""
+
+    device: Device = "auto"
+    """'cpu', 'cuda', or 'auto': the GPU that Spark assigned to the task, else the one of the rank's number on its host
+    where there are enough, else the CPU. Never an index: Spark says which."""
+
+    staging_dir: str | None = None
+    """Directory, reachable from all executors, where the training rows are written to Parquet once and read from by
+    every rank; it is removed after the fit. None: every rank spools its own rows to its local disk."""
+
+    verbose: bool = True
+    """Show a progress bar on the driver."""
+
+    rendezvous_timeout: timedelta = timedelta(minutes=5)
+    """How long a rank waits for the others to join the process group. (Not a Param.)"""
+
+    collective_timeout: timedelta = timedelta(minutes=10)
+    """How long a rank waits inside one collective before the run fails. (Not a Param.)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything that a rank needs to know; pickled once on the driver."""
+
+    run_id: str
+    """Unique to this run: names its files and prefixes its keys in the store."""
+
+    config: TrainConfig
+    """How to train."""
+
+    columns: Columns
+    """What to read."""
+
+    payload: bytes = field(repr=False)
+    """Pickled (module, objective, optimizer recipe)."""
+
+    window_bytes: int = 64 << 20
+    """Size of one shard's shuffle window in memory."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that the data is cut into."""
+        return self.config.num_shards or self.config.num_train_workers

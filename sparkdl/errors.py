@@ -1,0 +1,91 @@
+"""Every exception that sparkdl raises on purpose.
+
+    SparkdlError
+    ├── ConfigError          (ValueError)    what was asked cannot be: Params, columns, modules, plans
+    ├── DataError            (ValueError)    values in the data that cannot be trained on
+    ├── LaunchError          (RuntimeError)  the cluster cannot run the barrier stage
+    │   ├── SlotsError                       fewer slots than ranks
+    │   └── ExecutorPythonError              the executors' Python is not the driver's
+    ├── PersistenceError     (ValueError)    a model cannot be written, or a file is not trusted
+    └── TrainingFailedError  (RuntimeError)  a rank failed; ``failures`` holds every rank's own account
+
+Messages say what was asked, what was found and what to do, in that order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "ExecutorPythonError",
+    "Failure",
+    "LaunchError",
+    "PersistenceError",
+    "SlotsError",
+    "SparkdlError",
+    "TrainingFailedError",
+]
+
+
+class SparkdlError(Exception):
+    """Base class of all errors raised on purpose by sparkdl."""
+
+
+class ConfigError(SparkdlError, ValueError):
+    """A setting, column or module that cannot work; found before any rank starts."""
+
+
+class DataError(SparkdlError, ValueError):
+    """Values in the data that cannot be trained on, named by column and row."""
+
+
+class LaunchError(SparkdlError, RuntimeError):
+    """The cluster cannot run the barrier stage as asked."""
+
+
+class SlotsError(LaunchError):
+    """Fewer tasks can run at once than ranks were asked for."""
+
+
+class ExecutorPythonError(LaunchError):
+    """The Python of the executors lacks a package or has another version than the driver's."""
+
+
+class PersistenceError(SparkdlError, ValueError):
+    """A module that cannot be described without code, or a saved file that is not trusted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What one rank said when it failed."""
+
+    rank: int
+    """Rank that failed."""
+
+    host: str
+    """Address of the rank's executor, as Spark knows it."""
+
+    kind: str
+    """Class name of the exception."""
+
+    message: str
+    """Text of the exception."""
+
+    traceback: str
+    """The rank's own Python traceback."""
+
+    consequence: bool
+    """True where a peer's death explains the failure (a closed connection, say)."""
+
+
+class TrainingFailedError(SparkdlError, RuntimeError):
+    """At least one rank failed; the message is the first cause.
+
+    Attributes:
+        failures: Every account that reached the driver, by rank.
+    """
+
+    def __init__(self, message: str, failures: Mapping[int, Failure] | None = None) -> None:
+        super().__init__(message)
+        self.failures: dict[int, Failure] = dict(failures or {})

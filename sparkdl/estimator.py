@@ -1,0 +1,454 @@
+"""Estimators: `fit` stages the rows, launches the ranks and returns a model."""
+
+import copy
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from pyspark import keyword_only
+from pyspark.ml import Estimator
+from pyspark.ml.param import Param, Params, TypeConverters
+from pyspark.ml.util import MLReadable, MLWritable
+from pyspark.sql import functions as F
+from torch import nn
+
+from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
+from sparkdl.barrier.preflight import check_executor_python, check_slots
+from sparkdl.config import Column, Columns, RunSpec, TrainConfig
+from sparkdl.errors import ConfigError
+from sparkdl.io.plan import ShardPlan
+from sparkdl.io.schema import resolve_column
+from sparkdl.io.stage import StagedDataset, deal_rows, remove_staged, stage_dataset
+from sparkdl.model import (
+    Fitted,
+    TorchClassificationModel,
+    TorchModel,
+    TorchRegressionModel,
+    TrainingSummary,
+    check_outputs,
+    copy_params,
+    fitted_copy,
+)
+from sparkdl.objective import Loss, Objective, build_loss, wants_class_labels
+from sparkdl.optimizer import OptimizerRecipe
+from sparkdl.params import (
+    ClassifierColumns,
+    EstimatorColumns,
+    RegressorColumns,
+    TrainParams,
+    accessors,
+    camel_case,
+)
+from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
+from sparkdl.progress import Progress
+from sparkdl.serialization import load_weights
+from sparkdl.task import RankResult, run_rank
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+__all__ = ["TorchClassifier", "TorchEstimator", "TorchRegressor"]
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", TorchClassificationModel, TorchRegressionModel, TorchModel)
+_CHOICES = {"shuffle": ("window", "none"), "device": ("auto", "cpu", "cuda")}
+
+
+class _TorchTrainer(Estimator, TrainParams, Saved, MLWritable, MLReadable[Any], Generic[M]):  # type: ignore[misc]
+    """Common to all Estimators: checks before the first job, one fit, one way to be saved."""
+
+    _model_class: ClassVar[type[Any]]
+    _binary: ClassVar[bool] = False
+
+    def _fit(self, dataset: "DataFrame") -> M:
+        started = time.perf_counter()
+        config, columns, module, objective, recipe = self._checked(dataset)
+        spark = dataset.sparkSession
+        slots = check_slots(spark, config.num_train_workers)
+        if slots is not None:
+            logger.info("numTrainWorkers: %d of %d slots used", config.num_train_workers, slots)
+        payload = dumps((module, objective, recipe), "module, loss and optimizer")
+        check_executor_python(spark)
+
+        spec = RunSpec(run_id=new_run_id(), config=config, columns=columns, payload=payload)
+        staged = None
+        progress = Progress(shown=config.verbose)
+        try:
+            if config.staging_dir is None:
+                source = deal_rows(
+                    dataset, columns, num_shards=spec.num_shards, world_size=config.num_train_workers
+                )
+            else:
+                staged = stage_dataset(dataset, columns, _run_directory(config.staging_dir, spec.run_id))
+                source = _one_row_per_rank(spark, config.num_train_workers)
+            with progress:
+                chunks = launch_stage(
+                    source,
+                    functools.partial(run_rank, spec, staged),
+                    world_size=config.num_train_workers,
+                    run_id=spec.run_id,
+                    on_event=progress,
+                )
+        finally:
+            if config.staging_dir is not None:
+                remove_staged(dataset, _run_directory(config.staging_dir, spec.run_id))
+        results = [RankResult.of_chunks(found) for found in chunks]
+        return self._model(module, columns, spec, staged, results, time.perf_counter() - started)
+
+    def _model(
+        self,
+        module: nn.Module,
+        columns: Columns,
+        spec: RunSpec,
+        staged: StagedDataset | None,
+        results: Sequence[RankResult],
+        seconds: float,
+    ) -> M:
+        first = results[0]
+        load_weights(module, first.weights)
+        model = self._model_class()
+        model._resetUid(self.uid)
+        copy_params(self, model)
+        history = first.history
+        model._fitted = Fitted(
+            module=fitted_copy(module),
+            floating=_floating(module),
+            widths=tuple(first.widths),
+            outputs=first.outputs,
+            history=history,
+            summary=TrainingSummary(
+                objectiveHistory=tuple(record["loss"] for record in history),
+                totalIterations=history[-1]["step"] if history else 0,
+                worldSize=len(results),
+                numShards=spec.num_shards,
+                device=first.device,
+                backend="nccl" if first.device.startswith("cuda") else "gloo",
+                threads=first.threads,
+                rows=sum(result.rows for result in results),
+                rankRows=tuple(result.rows for result in results),
+                staged=staged is not None,
+                seconds=seconds,
+            ),
+        )
+        return model  # type: ignore[no-any-return]
+
+    # ---- checks before any job ---------------------------------------------------------------------------------------
+    def _checked(self, dataset: "DataFrame") -> tuple[TrainConfig, Columns, nn.Module, Objective, OptimizerRecipe]:
+        """Everything that can be known to be wrong without a job.
+
+        Raises:
+            ConfigError: The first thing that is.
+        """
+        config = self.train_config()
+        _check_config(config)
+        if self._value("module") is None:
+            raise ConfigError(f"{type(self).__name__} needs a module: an nn.Module, or a function that returns one.")
+        if self._value("loss") is None:
+            raise ConfigError(f"{type(self).__name__} needs a loss: a name, a torch loss module or a function.")
+        loss = build_loss(self._value("loss"))
+        self._check_loss(loss)
+        recipe = OptimizerRecipe(
+            self._value("optimizer"), self._value("learningRate"), self._value("optimizerParams") or {}
+        )
+        module = _build_module(self._value("module"), config.seed)
+        columns = self._columns(dataset, _floating(module), loss)
+        check_outputs(dataset, self._output_names())
+        return config, columns, module, Objective(loss, binary=self._binary), recipe
+
+    def _check_loss(self, loss: Callable[..., Any]) -> None:
+        """Refuse losses that make no sense for this kind of estimator."""
+
+    def _output_names(self) -> list[str]:
+        raise NotImplementedError
+
+    def _label_columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> list[Column]:
+        raise NotImplementedError
+
+    def _columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> Columns:
+        several = self._value("inputCols")
+        if several is not None and self.isSet("featuresCol"):
+            raise ConfigError(
+                f"featuresCol={self.getFeaturesCol()!r} and inputCols={several!r} are both set. Set one: featuresCol for a "
+                "module with one input, inputCols for positional inputs in order."
+            )
+        if several is not None and not several:
+            raise ConfigError("inputCols is empty. Name at least one column, or use featuresCol.")
+        param = "featuresCol" if several is None else "inputCols"
+        resolve = functools.partial(resolve_column, dataset, floating=floating)
+        inputs = tuple(
+            resolve(name, field=f"input_{number}", param=param, role="input")
+            for number, name in enumerate([self.getFeaturesCol()] if several is None else several)
+        )
+        weight = self._value("weightCol")
+        flag = self._value("validationIndicatorCol")
+        return Columns(
+            inputs=inputs,
+            labels=tuple(self._label_columns(dataset, floating, loss)),
+            weight=resolve(weight, field="weight", param="weightCol", role="weight") if weight else None,
+            validation=resolve(flag, field="validation", param="validationIndicatorCol", role="validation")
+            if flag
+            else None,
+        )
+
+    # ---- persistence -------------------------------------------------------------------------------------------------
+    def write(self) -> ModuleWriter:
+        """A writer; ``option("allowPickle", "true")`` permits pickling what cannot be described."""
+        return ModuleWriter(self)
+
+    @classmethod
+    def read(cls) -> ModuleReader:
+        """A reader; ``option("allowPickle", "true")`` opens pickles."""
+        return ModuleReader(cls)
+
+    def _saved_objects(self) -> dict[str, Any]:
+        return {name: self._value(name) for name in ("module", "loss", "optimizer")}
+
+    def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
+        self._set(**{name: value for name, value in objects.items() if value is not None})
+
+
+@accessors
+class TorchClassifier(_TorchTrainer[TorchClassificationModel], ClassifierColumns):
+    """Trains a torch module as a Spark ML classifier.
+
+    The module returns one score per class, shape (rows, classes), or one logit per row for two classes. Labels are class
+    numbers from 0. Every argument is a Param; see `explainParams`.
+    """
+
+    _model_class = TorchClassificationModel
+    _binary = True
+
+    @keyword_only
+    def __init__(
+        self,
+        *,
+        module: nn.Module | Callable[[], nn.Module] | None = None,
+        loss: Loss = "cross_entropy",
+        optimizer: Any = "adamw",
+        optimizerParams: Mapping[str, Any] | None = None,
+        learningRate: float | None = None,
+        maxEpochs: int = 10,
+        batchSize: int = 256,
+        microBatchSize: int | None = None,
+        shuffle: str = "window",
+        seed: int = 0,
+        featuresCol: str = "features",
+        inputCols: Sequence[str] | None = None,
+        labelCol: str = "label",
+        weightCol: str | None = None,
+        validationIndicatorCol: str | None = None,
+        predictionCol: str = "prediction",
+        probabilityCol: str = "probability",
+        rawPredictionCol: str = "rawPrediction",
+        thresholds: Sequence[float] | None = None,
+        numTrainWorkers: int = 1,
+        numShards: int | None = None,
+        device: str = "auto",
+        stagingDir: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self._setDefault(loss="cross_entropy")
+        self._setDefault(predictionCol="prediction", probabilityCol="probability", rawPredictionCol="rawPrediction")
+        self._set(**self._input_kwargs)
+
+    def _check_loss(self, loss: Callable[..., Any]) -> None:
+        if isinstance(loss, nn.BCELoss):
+            raise ConfigError(
+                "loss='binary_cross_entropy' takes probabilities, but a classifier's module returns scores. Use "
+                "'cross_entropy', which for one output is binary cross entropy of the logit."
+            )
+        thresholds = self._value("thresholds")
+        if thresholds is not None and (min(thresholds, default=-1) < 0 or sum(not value for value in thresholds) > 1):
+            raise ConfigError(f"thresholds={list(thresholds)} must be >= 0, with at most one 0.")
+
+    def _output_names(self) -> list[str]:
+        names = [self.getRawPredictionCol(), self.getProbabilityCol(), self.getPredictionCol()]
+        return [name for name in names if name]
+
+    def _label_columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> list[Column]:
+        name = self.getLabelCol()
+        return [resolve_column(dataset, name, field="label_0", param="labelCol", floating=floating, role="class")]
+
+
+@accessors
+class TorchRegressor(_TorchTrainer[TorchRegressionModel], RegressorColumns):
+    """Trains a torch module as a Spark ML regressor.
+
+    The module returns one number per row, or one per target where ``labelCol`` is a Vector or an array. Every argument is
+    a Param; see `explainParams`.
+    """
+
+    _model_class = TorchRegressionModel
+
+    @keyword_only
+    def __init__(
+        self,
+        *,
+        module: nn.Module | Callable[[], nn.Module] | None = None,
+        loss: Loss = "mse",
+        optimizer: Any = "adamw",
+        optimizerParams: Mapping[str, Any] | None = None,
+        learningRate: float | None = None,
+        maxEpochs: int = 10,
+        batchSize: int = 256,
+        microBatchSize: int | None = None,
+        shuffle: str = "window",
+        seed: int = 0,
+        featuresCol: str = "features",
+        inputCols: Sequence[str] | None = None,
+        labelCol: str = "label",
+        weightCol: str | None = None,
+        validationIndicatorCol: str | None = None,
+        predictionCol: str = "prediction",
+        numTrainWorkers: int = 1,
+        numShards: int | None = None,
+        device: str = "auto",
+        stagingDir: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self._setDefault(loss="mse", predictionCol="prediction")
+        self._set(**self._input_kwargs)
+
+    def _output_names(self) -> list[str]:
+        return [self.getPredictionCol()] if self.getPredictionCol() else []
+
+    def _label_columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> list[Column]:
+        name = self.getLabelCol()
+        column = resolve_column(dataset, name, field="label_0", param="labelCol", floating=floating, role="target")
+        return [column]
+
+
+@accessors
+class TorchEstimator(_TorchTrainer[TorchModel], EstimatorColumns):
+    """Trains any torch module with any loss.
+
+    The loss is called with (output, label); with several ``labelCols`` the label is a tuple of tensors, and so is the
+    output of a module that returns several. Integer labels arrive as int64 of shape (rows,), floating ones in the
+    module's dtype. Every argument is a Param; see `explainParams`.
+    """
+
+    _model_class = TorchModel
+
+    labelCols: "Param[list[str]]" = Param(
+        Params._dummy(),
+        "labelCols",
+        "several labels, given to the loss as a tuple in this order; instead of labelCol.",
+        TypeConverters.toListString,
+    )
+
+    @keyword_only
+    def __init__(
+        self,
+        *,
+        module: nn.Module | Callable[[], nn.Module] | None = None,
+        loss: Loss | None = None,
+        optimizer: Any = "adamw",
+        optimizerParams: Mapping[str, Any] | None = None,
+        learningRate: float | None = None,
+        maxEpochs: int = 10,
+        batchSize: int = 256,
+        microBatchSize: int | None = None,
+        shuffle: str = "window",
+        seed: int = 0,
+        featuresCol: str = "features",
+        inputCols: Sequence[str] | None = None,
+        labelCol: str = "label",
+        labelCols: Sequence[str] | None = None,
+        weightCol: str | None = None,
+        validationIndicatorCol: str | None = None,
+        outputCol: str = "output",
+        outputCols: Sequence[str] | None = None,
+        numTrainWorkers: int = 1,
+        numShards: int | None = None,
+        device: str = "auto",
+        stagingDir: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self._set(**self._input_kwargs)
+
+    def _output_names(self) -> list[str]:
+        several = self._value("outputCols")
+        if several is not None and self.isSet("outputCol"):
+            raise ConfigError(
+                f"outputCol={self.getOutputCol()!r} and outputCols={several!r} are both set. Set one: outputCols for a "
+                "module that returns several outputs."
+            )
+        return [name for name in (several or [self.getOutputCol()]) if name]
+
+    def _label_columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> list[Column]:
+        several = self._value("labelCols")
+        if several is not None and self.isSet("labelCol"):
+            raise ConfigError(
+                f"labelCol={self.getLabelCol()!r} and labelCols={several!r} are both set. Set one: labelCols for a loss that "
+                "compares several outputs."
+            )
+        param = "labelCol" if several is None else "labelCols"
+        role = "class" if wants_class_labels(loss) else "target"
+        return [
+            resolve_column(dataset, name, field=f"label_{number}", param=param, floating=floating, role=role)
+            for number, name in enumerate([self.getLabelCol()] if several is None else several)
+        ]
+
+
+def _check_config(config: TrainConfig) -> None:
+    least = {"max_epochs": 1, "batch_size": 1, "num_train_workers": 1, "micro_batch_size": 1, "num_shards": 1, "seed": 0}
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ConfigError(f"{camel_case(name)}={value} is too small. Use {bound} or more.")
+    for name, known in _CHOICES.items():
+        if getattr(config, name) not in known:
+            raise ConfigError(f"{name}={getattr(config, name)!r} is not known. Use one of {', '.join(known)}.")
+    shards = config.num_shards or config.num_train_workers
+    if shards < config.num_train_workers:
+        raise ConfigError(
+            f"numTrainWorkers={config.num_train_workers} is more than numShards={shards}: some ranks would have nothing to "
+            f"read. Use numShards >= {config.num_train_workers}, best a multiple of it."
+        )
+    ShardPlan((0,) * shards, config.batch_size)
+
+
+def _build_module(module: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A module of our own: a copy of the caller's, or what the caller's function makes under the seed."""
+    if isinstance(module, nn.Module):
+        try:
+            made = copy.deepcopy(module)
+        except Exception as error:
+            raise ConfigError(
+                f"The module {type(module).__name__} cannot be copied: {error}. It must be picklable to travel to the "
+                "executors; keep locks, sockets and open files out of it."
+            ) from error
+    else:
+        if not callable(module):
+            raise ConfigError(f"module={module!r} is neither an nn.Module nor a function that returns one.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = module()
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"The function given as module returned {made!r}, not an nn.Module.")
+    if not any(parameter.requires_grad for parameter in made.parameters()):
+        raise ConfigError(f"The module {type(made).__name__} has no parameter that could be trained.")
+    return made.train()
+
+
+def _floating(module: nn.Module) -> str:
+    """Name of the dtype that the module computes in."""
+    for parameter in module.parameters():
+        if parameter.dtype in (torch.float32, torch.float64):
+            return str(parameter.dtype).removeprefix("torch.")
+    return "float32"
+
+
+def _run_directory(staging_dir: str, run_id: str) -> str:
+    return f"{staging_dir.rstrip('/')}/{run_id}"
+
+
+def _one_row_per_rank(spark: "SparkSession", world_size: int) -> "DataFrame":
+    return spark.range(world_size).repartitionById(world_size, F.col("id").cast("int"))

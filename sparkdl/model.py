@@ -1,0 +1,363 @@
+"""Fitted models: Spark ML Transformers that hold a trained module."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyspark import cloudpickle
+from pyspark.ml import Model
+from pyspark.ml.linalg import DenseVector, Vector, VectorUDT
+from pyspark.ml.param import Params
+from pyspark.ml.util import MLReadable, MLWritable
+from pyspark.sql import functions as F
+from pyspark.sql.types import ArrayType, DataType, DoubleType, FloatType, StructField, StructType
+from torch import nn
+
+from sparkdl.config import Column, Columns
+from sparkdl.errors import ConfigError
+from sparkdl.io.schema import resolve_column, select_expressions
+from sparkdl.params import ClassifierColumns, EstimatorColumns, InputColumns, RegressorColumns, accessors
+from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
+from sparkdl.predict import Kind, Outputs, Predictor, decide, is_one_logit, probabilities, raw_scores
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+__all__ = ["TorchClassificationModel", "TorchModel", "TorchRegressionModel", "TrainingSummary"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSummary:
+    """What happened in a fit.
+
+    Attributes:
+        objectiveHistory: Loss of every epoch.
+        totalIterations: Optimizer steps.
+        worldSize: Ranks that trained.
+        numShards: Shards of the data.
+        device: Where rank 0 trained.
+        backend: How gradients were reduced.
+        threads: Torch threads of a rank.
+        rows: Training rows.
+        rankRows: Training rows that each rank read per epoch.
+        staged: True where rows were staged for all ranks, False where each spooled its own.
+        seconds: The whole fit.
+    """
+
+    objectiveHistory: tuple[float, ...]
+    totalIterations: int
+    worldSize: int
+    numShards: int
+    device: str
+    backend: str
+    threads: int
+    rows: int
+    rankRows: tuple[int, ...]
+    staged: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a model knows besides its Params.
+
+    Attributes:
+        module: The trained module, on the CPU, in eval mode.
+        floating: Name of the dtype that floating inputs are given in.
+        widths: Values per row of each input.
+        outputs: Classes of a classifier, targets of a regressor.
+        history: One record per epoch.
+        summary: What happened in the fit; None where the model was not fitted here or saved with it.
+    """
+
+    module: nn.Module
+    floating: str
+    widths: tuple[int, ...]
+    outputs: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: TrainingSummary | None = None
+
+
+class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):  # type: ignore[misc]
+    """Common to all models: transform, predict, save, load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._setDefault(device="auto", featuresCol="features")
+        self._fitted: Fitted | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The trained module, on the CPU and in eval mode. Changing it changes the model."""
+        return self._state.module
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One record per epoch: epoch, step, rows, loss, seconds, rows_per_second, data_wait, ..."""
+        return self._state.history
+
+    @property
+    def summary(self) -> TrainingSummary:
+        """What happened in the fit.
+
+        Raises:
+            ConfigError: The model was not fitted with one.
+        """
+        if self._state.summary is None:
+            raise ConfigError("This model has no training summary.")
+        return self._state.summary
+
+    @property
+    def hasSummary(self) -> bool:
+        """True where `summary` can be read."""
+        return self._state.summary is not None
+
+    @property
+    def numFeatures(self) -> int:
+        """Values per row that the module takes, over all inputs."""
+        return sum(self._state.widths)
+
+    @property
+    def _state(self) -> Fitted:
+        if self._fitted is None:
+            raise AttributeError(f"{type(self).__name__} has no module; models are made by fit or load.")
+        return self._fitted
+
+    def copy(self, extra: Any = None) -> Any:
+        """A copy with the same module; see `pyspark.ml.param.Params.copy`."""
+        return super().copy(extra)
+
+    def _input_names(self) -> list[str]:
+        return list(self.getInputCols()) if self.isSet("inputCols") and self.getInputCols() else [self.getFeaturesCol()]
+
+    def _outputs(self) -> tuple[Outputs, dict[str, DataType]]:
+        """What to compute, and the new columns with their types, in order."""
+        raise NotImplementedError
+
+    def transformSchema(self, schema: StructType) -> StructType:
+        """The schema of `transform`'s result, known without a job."""
+        added = [StructField(name, kind) for name, kind in self._outputs()[1].items()]
+        return StructType([*schema.fields, *added])
+
+    def _transform(self, dataset: "DataFrame") -> "DataFrame":
+        from pyspark.sql.functions import arrow_udf
+
+        outputs, added = self._outputs()
+        check_outputs(dataset, list(added))
+        if not added:
+            return dataset
+        columns = self._resolve(dataset)
+        predictor = Predictor(cloudpickle.dumps(self.module), columns, outputs, self.getDevice())
+        result = StructType(
+            [StructField(name, kind) for name, kind in zip(outputs.names, added.values(), strict=True)]
+        )
+        predict = arrow_udf(_iterate(predictor), result)
+        given = F.struct(*select_expressions(Columns(columns, ())))
+        made = "__sparkdl_" + self.uid
+        predicted = dataset.select("*", predict(given).alias(made))
+        chosen = [F.col(_quoted(name)) for name in dataset.columns]
+        chosen += [
+            F.col(f"{_quoted(made)}.{_quoted(name)}").alias(column)
+            for name, column in zip(outputs.names, added, strict=True)
+        ]
+        return predicted.select(*chosen)
+
+    def _resolve(self, dataset: "DataFrame") -> tuple[Column, ...]:
+        param = "inputCols" if len(self._input_names()) > 1 else "featuresCol"
+        return tuple(
+            replace(
+                resolve_column(
+                    dataset, name, field=f"input_{number}", param=param, floating=self._state.floating, role="input"
+                ),
+                validity="any",
+            )
+            for number, name in enumerate(self._input_names())
+        )
+
+    def _forward_one(self, value: Any) -> np.ndarray[Any, np.dtype[Any]]:
+        """The module's output for one row; shape without the row axis."""
+        given = value if isinstance(value, tuple) else (value,)
+        tensors = []
+        for entry in given:
+            array = np.asarray(entry.toArray() if isinstance(entry, Vector) else entry)
+            kind = getattr(torch, self._state.floating) if array.dtype.kind == "f" else torch.int64
+            tensor = torch.as_tensor(array).to(kind)
+            tensors.append(tensor[None] if tensor.ndim or kind == torch.int64 else tensor[None, None])
+        with torch.inference_mode():
+            result: torch.Tensor = self.module(*tensors)
+        return result.double().numpy()
+
+    # ---- persistence -------------------------------------------------------------------------------------------------
+    def write(self) -> ModuleWriter:
+        """A writer; ``option("allowPickle", "true")`` permits pickling a module that cannot be described."""
+        return ModuleWriter(self)
+
+    @classmethod
+    def read(cls) -> ModuleReader:
+        """A reader; ``option("allowPickle", "true")`` opens pickles."""
+        return ModuleReader(cls)
+
+    def _saved_objects(self) -> dict[str, Any]:
+        return {"module": self.module}
+
+    def _saved_facts(self) -> dict[str, Any]:
+        state = self._state
+        return {
+            "floating": state.floating,
+            "widths": state.widths,
+            "outputs": state.outputs,
+            "history": state.history,
+            "summary": asdict(state.summary) if state.summary else None,
+        }
+
+    def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
+        summary = facts["summary"]
+        if summary is not None:
+            lists = {name: tuple(value) if isinstance(value, list) else value for name, value in summary.items()}
+            summary = TrainingSummary(**lists)
+        self._fitted = Fitted(
+            module=objects["module"].eval(),
+            floating=facts["floating"],
+            widths=tuple(facts["widths"]),
+            outputs=facts["outputs"],
+            history=facts["history"],
+            summary=summary,
+        )
+
+
+@accessors
+class TorchClassificationModel(_TorchModel, ClassifierColumns):
+    """A fitted classifier: raw scores, probabilities and the class, as Spark ML's own classifiers write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._setDefault(predictionCol="prediction", probabilityCol="probability", rawPredictionCol="rawPrediction")
+
+    @property
+    def numClasses(self) -> int:
+        """Classes that the module tells apart."""
+        return self._state.outputs
+
+    def predict(self, value: "Vector | Sequence[float] | tuple[Any, ...]") -> float:
+        """The class of one row: its features, or a tuple of its inputs."""
+        return float(decide(self.predictProbability(value).toArray()[None], self._thresholds())[0])
+
+    def predictRaw(self, value: Any) -> DenseVector:
+        """The score of each class for one row."""
+        return DenseVector(raw_scores(self._forward_one(value))[0])
+
+    def predictProbability(self, value: Any) -> DenseVector:
+        """The probability of each class for one row."""
+        scores = self._forward_one(value)
+        return DenseVector(probabilities(raw_scores(scores), one_logit=is_one_logit(scores))[0])
+
+    def _thresholds(self) -> tuple[float, ...] | None:
+        if not self.isSet("thresholds") or self.getThresholds() is None:
+            return None
+        thresholds = tuple(self.getThresholds())
+        if len(thresholds) != self.numClasses:
+            raise ConfigError(
+                f"thresholds has {len(thresholds)} values, but the module has {self.numClasses} classes. Give one per class."
+            )
+        return thresholds
+
+    def _outputs(self) -> tuple[Outputs, dict[str, DataType]]:
+        wanted: list[tuple[str, Kind, DataType]] = [
+            (self.getRawPredictionCol(), "raw", VectorUDT()),
+            (self.getProbabilityCol(), "probability", VectorUDT()),
+            (self.getPredictionCol(), "prediction", DoubleType()),
+        ]
+        named = [entry for entry in wanted if entry[0]]
+        kinds = tuple(kind for _, kind, _ in named)
+        return Outputs(kinds, kinds, self._thresholds()), {name: spark_type for name, _, spark_type in named}
+
+
+@accessors
+class TorchRegressionModel(_TorchModel, RegressorColumns):
+    """A fitted regressor: one double per row, or an array of doubles with several targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._setDefault(predictionCol="prediction")
+
+    @property
+    def numTargets(self) -> int:
+        """Numbers that the module predicts per row."""
+        return self._state.outputs
+
+    def predict(self, value: "Vector | Sequence[float] | tuple[Any, ...]") -> float | list[float]:
+        """The prediction for one row: its features, or a tuple of its inputs."""
+        found = self._forward_one(value).reshape(-1).tolist()
+        return found[0] if self.numTargets == 1 else found
+
+    def _outputs(self) -> tuple[Outputs, dict[str, DataType]]:
+        one = self.numTargets == 1
+        kind: Kind = "number" if one else "targets"
+        name = self.getPredictionCol()
+        return Outputs(("prediction",), (kind,)), {name: DoubleType() if one else ArrayType(DoubleType())} if name else {}
+
+
+@accessors
+class TorchModel(_TorchModel, EstimatorColumns):
+    """A fitted module of any kind: each output becomes an array of floats, flattened per row."""
+
+    def predict(self, value: "Vector | Sequence[float] | tuple[Any, ...]") -> Any:
+        """The module's output for one row."""
+        return self._forward_one(value)[0].tolist()
+
+    def _outputs(self) -> tuple[Outputs, dict[str, DataType]]:
+        several = self.isSet("outputCols") and self.getOutputCols()
+        names = list(self.getOutputCols()) if several else [self.getOutputCol()]
+        named = [name for name in names if name]
+        fields = tuple(f"output_{number}" for number in range(len(named)))
+        return Outputs(fields, ("output",) * len(named)), {name: ArrayType(FloatType()) for name in named}
+
+
+def check_outputs(dataset: "DataFrame", names: list[str]) -> None:
+    """Refuse output columns that exist already or are named twice.
+
+    Raises:
+        ConfigError: As said.
+    """
+    taken = set(dataset.columns)
+    for number, name in enumerate(names):
+        if name in taken:
+            raise ConfigError(
+                f"Output column {name!r} exists already in the DataFrame. Drop it, or name another output column."
+            )
+        if name in names[:number]:
+            raise ConfigError(f"Output column {name!r} is named twice. Give every output a name of its own.")
+
+
+def fitted_copy(module: nn.Module) -> nn.Module:
+    """A module as a model holds it: on the CPU, in eval mode, without gradients."""
+    module = copy.deepcopy(module).cpu().eval()
+    for parameter in module.parameters():
+        parameter.grad = None
+    return module
+
+
+def copy_params(source: Params, target: Params) -> None:
+    """Give ``target`` the values and defaults of the Params that both have."""
+    known = {param.name for param in target.params}
+    target._setDefault(**{param.name: value for param, value in source._defaultParamMap.items() if param.name in known})
+    target._set(**{param.name: value for param, value in source._paramMap.items() if param.name in known})
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _iterate(predictor: Predictor) -> Any:
+    """The predictor as a function with the hints by which Spark sees an iterator Arrow UDF."""
+    from collections.abc import Iterator
+
+    import pyarrow as pa
+
+    def predict(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        yield from predictor(batches)
+
+    return predict

@@ -1,0 +1,185 @@
+"""The loss as the mean over the global batch, whoever computes which rows of it.
+
+A rank cannot take a mean: it does not know the other ranks' rows. So every loss is brought to a sum over rows and a
+denominator, and the division is by the denominator of all ranks. With row weights, class weights or ``ignore_index``
+the denominator is not a number of rows.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparkdl.errors import ConfigError
+
+__all__ = ["Objective", "build_loss", "loss_names"]
+
+Loss = str | nn.Module | Callable[..., Tensor]
+
+_NAMED: dict[str, type[nn.Module]] = {
+    "binary_cross_entropy": nn.BCELoss,
+    "binary_cross_entropy_with_logits": nn.BCEWithLogitsLoss,
+    "cross_entropy": nn.CrossEntropyLoss,
+    "hinge_embedding": nn.HingeEmbeddingLoss,
+    "huber": nn.HuberLoss,
+    "kl_div": nn.KLDivLoss,
+    "l1": nn.L1Loss,
+    "mse": nn.MSELoss,
+    "multi_margin": nn.MultiMarginLoss,
+    "multilabel_soft_margin": nn.MultiLabelSoftMarginLoss,
+    "nll": nn.NLLLoss,
+    "poisson_nll": nn.PoissonNLLLoss,
+    "smooth_l1": nn.SmoothL1Loss,
+    "soft_margin": nn.SoftMarginLoss,
+}
+_TorchLoss = nn.modules.loss._Loss  # the base of all torch losses
+_CLASS_INDEX_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+
+
+def loss_names() -> list[str]:
+    """Names that `build_loss` knows: those of `torch.nn.functional` without ``_loss``."""
+    return sorted(_NAMED)
+
+
+def build_loss(loss: Loss) -> Callable[..., Tensor]:
+    """A loss by name, or a copy of the caller's own.
+
+    Raises:
+        ConfigError: An unknown name, or something that is not callable.
+    """
+    if isinstance(loss, str):
+        known = _NAMED.get(re.sub(r"_loss$", "", loss.lower()))
+        if known is None:
+            raise ConfigError(f"loss={loss!r} is not known. Use one of {', '.join(loss_names())}, or a callable.")
+        return known()
+    if isinstance(loss, type) or not callable(loss):
+        raise ConfigError(f"loss={loss!r} cannot be called with (output, label). Pass an instance, not a class.")
+    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
+
+
+class Objective(nn.Module):
+    """A loss over part of a batch, as a sum and its denominator.
+
+    Args:
+        loss: Called with (output, label): a torch loss, which is used per row; or any callable that returns one value
+            per row, or the mean over the rows that it was given.
+        binary: True for a classifier, whose single output is then the logit of class 1.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], *, binary: bool = False) -> None:
+        super().__init__()
+        self.loss = loss
+        self.binary = binary
+        self.reduction = getattr(loss, "reduction", None)
+        if self.reduction in ("mean", "sum") and isinstance(loss, nn.Module):
+            self.loss = copy.deepcopy(loss)
+            self.loss.reduction = "none"  # type: ignore[union-attr]
+
+    def forward(self, outputs: Any, labels: tuple[Tensor, ...], weight: Tensor | None) -> Tensor:
+        """Sum of the (weighted) losses of the rows.
+
+        Args:
+            outputs: What the module returned.
+            labels: One tensor per label column.
+            weight: Row weights of shape (rows,), or None.
+
+        Raises:
+            ConfigError: Output and label do not fit the loss, or row weights meet a loss that returns a mean.
+        """
+        rows = len(labels[0])
+        label: Any = labels
+        if len(labels) == 1:
+            label = self._fitted(outputs, labels[0])
+        if self.binary and isinstance(outputs, Tensor) and _is_one_logit(outputs):
+            target = labels[0].to(outputs.dtype)
+            losses = nn.functional.binary_cross_entropy_with_logits(outputs.reshape(rows), target, reduction="none")
+        else:
+            try:
+                losses = self.loss(outputs, label)
+            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+                raise ConfigError(
+                    f"The loss {_name(self.loss)} cannot take the module's output {_shape(outputs)} with labels "
+                    f"{_shape(label)}: {error}"
+                ) from error
+        if losses.ndim == 0:
+            if weight is not None:
+                raise ConfigError(
+                    f"weightCol is set, but the loss {_name(self.loss)} returned one number for {rows} rows. "
+                    "Return one value per row, shape (rows,), so that rows can be weighted."
+                )
+            return losses if self.reduction == "sum" else losses * rows
+        if len(losses) != rows:
+            raise ConfigError(
+                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows. Return one value per "
+                "row, or the mean over the rows."
+            )
+        per_row = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+        return (per_row if weight is None else per_row * weight).sum()
+
+    @property
+    def counts_rows(self) -> bool:
+        """True where, without row weights, the denominator is the number of rows, so that ranks know it unasked."""
+        if isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss):
+            return self.loss.weight is None and self.loss.ignore_index < 0 and self.reduction != "sum"
+        return self.reduction != "sum"
+
+    def denominator(self, labels: tuple[Tensor, ...], weight: Tensor | None) -> float:
+        """What these rows add to the divisor of the global mean; needs no output.
+
+        A loss that the caller asked to be summed has none: 0.
+        """
+        rows = len(labels[0])
+        if self.reduction == "sum":
+            return 0.0
+        share = torch.ones(rows, dtype=torch.float64)
+        loss, label = self.loss, labels[0].cpu()
+        if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not label.is_floating_point():
+            kept = label != loss.ignore_index
+            share = kept.double()
+            if loss.weight is not None:
+                share *= loss.weight.double().cpu()[torch.where(kept, label, 0)]
+            share = share.flatten(1).mean(1) if share.ndim > 1 else share
+        return float((share if weight is None else share * weight.cpu()).sum())
+
+    def _fitted(self, outputs: Any, label: Tensor) -> Tensor:
+        """A label of shape (rows,) beside an output of shape (rows, 1): left alone they broadcast to (rows, rows)."""
+        if not isinstance(outputs, Tensor) or not label.is_floating_point():
+            return label
+        if label.ndim + 1 == outputs.ndim and outputs.shape[-1] == 1:
+            return label[..., None]
+        if label.ndim == outputs.ndim + 1 and label.shape[-1] == 1:
+            return label[..., 0]
+        if label.shape != outputs.shape and isinstance(self.loss, _TorchLoss):
+            raise ConfigError(
+                f"The module's output has shape {tuple(outputs.shape)}, the label {tuple(label.shape)}; "
+                f"{_name(self.loss)} needs one output per target."
+            )
+        return label
+
+
+def wants_class_labels(loss: Callable[..., Tensor]) -> bool:
+    """True where the loss takes class numbers (int64) as labels."""
+    return isinstance(loss, _CLASS_INDEX_LOSSES)
+
+
+def _is_one_logit(outputs: Tensor) -> bool:
+    return outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
+
+
+def _name(loss: Any) -> str:
+    if isinstance(loss, nn.Module):
+        return type(loss).__name__
+    return getattr(loss, "__qualname__", None) or type(loss).__name__
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}, {value.dtype}".replace("torch.", "")
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(_shape(entry) for entry in value) + ")"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_shape(entry)}" for key, entry in value.items()) + "}"
+    return f"of type {type(value).__name__}"

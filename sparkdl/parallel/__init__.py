@@ -1,0 +1,6 @@
+"""Ways for ranks to train one module together; each is a `Strategy`."""
+
+from sparkdl.parallel.ddp import DataParallel
+from sparkdl.parallel.strategy import Strategy
+
+__all__ = ["DataParallel", "Strategy"]

@@ -1,0 +1,217 @@
+"""Estimators and models on Spark's file systems.
+
+    metadata/               JSON: class, uid, Params, how the module is built, what was learnt of the training
+    weights.safetensors     the module's weights (of an Estimator: its initial ones)
+    objects.pickle          only on request: what cannot be described (classes of a notebook, lambdas), by value
+
+Files go through Spark, not through this process's disk: over Spark Connect the client's disk is not the server's.
+Nothing is unpickled unless the reader is told to.
+"""
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pyspark import cloudpickle
+from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
+from pyspark.sql import functions as F
+from torch import nn
+
+from sparkdl.errors import PersistenceError
+from sparkdl.serialization import (
+    describe_module,
+    dump_weights,
+    path_of,
+    resolve,
+    restore_module,
+)
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+__all__ = ["FORMAT_VERSION", "ModuleReader", "ModuleWriter", "Saved"]
+
+FORMAT_VERSION = 1
+_PICKLE = "objects.pickle"
+_ALLOW_CONF = "spark.sparkdl.allowPickle"
+_DEST_CONF = "spark.sql.artifact.copyFromLocalToFs.allowDestLocal"
+
+
+class Saved:
+    """What a class of Params with modules and functions among them gives to be written, and takes when read."""
+
+    def _saved_objects(self) -> dict[str, Any]:
+        """Modules, functions and names by role; they are no JSON values."""
+        raise NotImplementedError
+
+    def _saved_facts(self) -> dict[str, Any]:
+        """JSON values beside the Params."""
+        return {}
+
+    def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Take what was read."""
+        raise NotImplementedError
+
+
+class ModuleWriter(MLWriter):
+    """Writes an instance. ``option("allowPickle", "true")`` permits pickling what cannot be described."""
+
+    def __init__(self, instance: Any) -> None:
+        super().__init__()
+        self._instance = instance
+
+    def saveImpl(self, path: str) -> None:
+        """Write metadata, weights and, if allowed and needed, pickles.
+
+        Raises:
+            PersistenceError: Something can only be pickled, and that was not allowed.
+        """
+        instance, spark = self._instance, self.sparkSession
+        allow = self.optionMap.get("allowpickle", "false").lower() == "true"
+        described: dict[str, Any] = {}
+        files: dict[str, bytes] = {}
+        pickled: dict[str, Any] = {}
+        for role, thing in instance._saved_objects().items():
+            try:
+                described[role], weights = _describe(thing, role)
+            except PersistenceError:
+                if not allow:
+                    raise
+                described[role], weights = {"pickle": role}, None
+                pickled[role] = thing
+            if weights is not None:
+                files[_weights_file(role)] = weights
+        if pickled:
+            files[_PICKLE] = cloudpickle.dumps(pickled)
+        extra = {
+            "formatVersion": FORMAT_VERSION,
+            "objects": described,
+            "facts": instance._saved_facts(),
+        }
+        plain = {
+            param.name: value for param, value in instance._paramMap.items() if param.name not in described
+        }
+        # The defaults are the class's own; those of another version must not come back.
+        DefaultParamsWriter.saveMetadata(instance, path, spark, extraMetadata=extra, paramMap=plain)
+        for name, content in files.items():
+            write_file(spark, f"{path.rstrip('/')}/{name}", content)
+
+
+class ModuleReader(MLReader[Any]):
+    """Reads an instance. Pickles are opened only with ``option("allowPickle", "true")``, or the Spark conf
+    ``spark.sparkdl.allowPickle``.
+    """
+
+    def __init__(self, cls: type) -> None:
+        super().__init__()
+        self._cls = cls
+        self._options: dict[str, str] = {}
+
+    def option(self, key: str, value: Any) -> "ModuleReader":
+        """Set an option of the reader; keys are case-insensitive."""
+        self._options[key.lower()] = str(value)
+        return self
+
+    def load(self, path: str) -> Any:
+        """Read an instance.
+
+        Raises:
+            PersistenceError: A newer format, another class, a class that is not trusted, or a pickle that was not
+                allowed.
+        """
+        spark = self.sparkSession
+        metadata = DefaultParamsReader.loadMetadata(path, spark)
+        expected = f"{self._cls.__module__}.{self._cls.__name__}"
+        if metadata["class"] != expected:
+            raise PersistenceError(f"{path} holds a {metadata['class']}; load it with that class, not with {expected}.")
+        if metadata.get("formatVersion", 0) > FORMAT_VERSION:
+            raise PersistenceError(
+                f"{path} has format {metadata['formatVersion']}, this version of sparkdl reads up to {FORMAT_VERSION}. "
+                "Install a newer sparkdl-torch."
+            )
+        pickled: dict[str, Any] | None = None
+        objects = {}
+        for role, described in metadata["objects"].items():
+            if "pickle" in described:
+                self._check_pickle(spark, path, role)
+                if pickled is None:
+                    pickled = pickle.loads(read_file(spark, f"{path.rstrip('/')}/{_PICKLE}"))
+                objects[role] = pickled[role]
+            elif "module" in described:
+                weights = read_file(spark, f"{path.rstrip('/')}/{_weights_file(role)}")
+                objects[role] = restore_module(described["module"], weights)
+            elif "import" in described:
+                objects[role] = resolve(described["import"])
+            else:
+                objects[role] = described["value"]
+        instance = self._cls()
+        instance._resetUid(metadata["uid"])
+        DefaultParamsReader.getAndSetParams(instance, {**metadata, "defaultParamMap": {}})
+        instance._restore(objects, metadata["facts"])
+        return instance
+
+    def _check_pickle(self, spark: "SparkSession", path: str, role: str) -> None:
+        conf = spark.conf.get(_ALLOW_CONF, "false") or "false"
+        if self._options.get("allowpickle", conf).lower() != "true":
+            raise PersistenceError(
+                f"The {role} in {path} was saved as a pickle, and unpickling runs code from the file. If you trust it, load "
+                f'with .read().option("allowPickle", "true"), or set {_ALLOW_CONF}=true for stages of a pipeline.'
+            )
+
+
+def _describe(thing: Any, role: str) -> tuple[dict[str, Any], bytes | None]:
+    if isinstance(thing, nn.Module):
+        return {"module": describe_module(thing)}, dump_weights(thing)
+    if thing is None or isinstance(thing, str):
+        return {"value": thing}, None
+    path = path_of(thing)
+    if path is None:
+        raise PersistenceError(
+            f"The {role} {thing!r} cannot be imported by its name (it is a lambda, or defined in a notebook, a script or a "
+            'function). Define it in a Python file that can be imported, or save with .option("allowPickle", "true").'
+        )
+    return {"import": path}, None
+
+
+def _weights_file(role: str) -> str:
+    return "weights.safetensors" if role == "module" else f"{role}.safetensors"
+
+
+def write_file(spark: "SparkSession", path: str, content: bytes) -> None:
+    """Write a small file through Spark's file systems."""
+    with tempfile.TemporaryDirectory(prefix="sparkdl-") as folder:
+        local = os.path.join(folder, "file")
+        with open(local, "wb") as file:
+            file.write(content)
+        if hasattr(spark, "_jsparkSession"):
+            utility = getattr(spark.sparkContext._gateway.jvm, "org.apache.spark.ml.python.MLUtil")  # type: ignore[union-attr]
+            utility.copyFileFromLocalToFs(local, path)
+            return
+        with _local_destination(spark):
+            # Over Connect the server resolves a path without a scheme; it refuses its own disk unless told.
+            spark.copyFromLocalToFs(local, path.removeprefix("file://").removeprefix("file:"))
+
+
+def read_file(spark: "SparkSession", path: str) -> bytes:
+    """Read a file through Spark's file systems.
+
+    Raises:
+        PersistenceError: There is no such file.
+    """
+    row = spark.read.format("binaryFile").load(path).select(F.col("content")).first()
+    if row is None:
+        raise PersistenceError(f"{path} is missing; the save was not completed.")
+    return bytes(row[0])
+
+
+@contextlib.contextmanager
+def _local_destination(spark: "SparkSession") -> Iterator[None]:
+    before = spark.conf.get(_DEST_CONF, "false")
+    spark.conf.set(_DEST_CONF, "true")
+    try:
+        yield
+    finally:
+        spark.conf.set(_DEST_CONF, before or "false")

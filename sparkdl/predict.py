@@ -1,0 +1,207 @@
+"""Batched inference over Arrow: what `transform` runs in the Python workers."""
+
+import functools
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from sparkdl.barrier.device import cuda_index
+from sparkdl.config import Column, Device
+from sparkdl.errors import ConfigError, LaunchError
+from sparkdl.io.schema import to_array
+
+__all__ = ["Outputs", "Predictor", "decide", "is_one_logit", "probabilities", "raw_scores"]
+
+Array = npt.NDArray[Any]
+Kind = Literal["raw", "probability", "prediction", "number", "targets", "output"]
+_ROWS = 1024  # rows of one forward
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What to make of the module's output.
+
+    Attributes:
+        names: Fields of the result, in order.
+        kinds: What each of them holds.
+        thresholds: Divide a classifier's probabilities before the largest wins.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    thresholds: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A picklable function from Arrow columns to Arrow structs, for an iterator Arrow UDF.
+
+    Attributes:
+        module: The pickled module, loaded once per Python worker.
+        inputs: The module's input columns, in order.
+        outputs: What to return.
+        device: Where to run.
+    """
+
+    module: bytes = field(repr=False)
+    inputs: tuple[Column, ...]
+    outputs: Outputs
+    device: Device = "auto"
+
+    def __call__(self, batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        """Predict for every batch: a struct of the input columns to a struct of the outputs."""
+        device = _task_device(self.device)
+        module = _loaded(hashlib.sha256(self.module).hexdigest(), str(device), lambda: pickle.loads(self.module))
+        for batch in batches:
+            yield self._struct(self.run(module, device, self._tensors(batch)), len(batch))
+
+    def _tensors(self, batch: pa.StructArray) -> tuple[Tensor, ...]:
+        found = []
+        for number, column in enumerate(self.inputs):
+            values = to_array(batch.field(number), column)
+            if values.ndim == 1 and not column.flat:
+                values = values[:, None]
+            # to_array may return a view of Arrow's read-only memory, which torch warns of
+            found.append(torch.from_numpy(values if values.flags.writeable else values.copy()))
+        return tuple(found)
+
+    def run(self, module: nn.Module, device: torch.device, inputs: Sequence[Tensor]) -> list[Array]:
+        """The outputs for some rows, in the order of `Outputs.names`."""
+        rows = len(inputs[0])
+        parts: list[list[Array]] = []
+        with torch.inference_mode():
+            for start in range(0, rows, _ROWS):
+                result = module(*(tensor[start : start + _ROWS].to(device) for tensor in inputs))
+                parts.append(self._values(result))
+        return [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else []
+
+    def _values(self, result: Any) -> list[Array]:
+        if self.outputs.kinds[0] == "output":
+            several = result if isinstance(result, tuple | list) else (result,)
+            if len(several) != len(self.outputs.names):
+                raise ConfigError(
+                    f"The module returned {len(several)} outputs, but {len(self.outputs.names)} output columns are named: "
+                    f"{', '.join(self.outputs.names)}. Name one column per output with outputCols."
+                )
+            return [tensor.reshape(len(tensor), -1).cpu().numpy().astype(np.float32) for tensor in several]
+        scores = result.cpu().double().numpy()
+        if self.outputs.kinds[0] in ("number", "targets"):
+            return [scores.reshape(len(scores), -1)]
+        raw = raw_scores(scores)
+        chance = probabilities(raw, one_logit=is_one_logit(scores))
+        made = {
+            "raw": raw,
+            "probability": chance,
+            "prediction": decide(chance, self.outputs.thresholds),
+        }
+        return [made[kind] for kind in self.outputs.kinds]
+
+    def _struct(self, values: list[Array], rows: int) -> pa.StructArray:
+        arrays = []
+        for number, kind in enumerate(self.outputs.kinds):
+            column = values[number] if values else np.empty((0, 0))
+            if kind in ("prediction", "number"):
+                arrays.append(pa.array(column.reshape(-1), pa.float64()))
+            elif kind in ("raw", "probability"):
+                arrays.append(_vectors(column))
+            else:
+                arrays.append(_lists(column, pa.float32() if kind == "output" else pa.float64()))
+        return pa.StructArray.from_arrays(arrays, list(self.outputs.names))
+
+
+def raw_scores(scores: Array) -> Array:
+    """Scores per class, shape (rows, classes); one logit z of class 1 becomes [-z, z]."""
+    if is_one_logit(scores):
+        logit = scores.reshape(-1, 1)
+        return np.hstack([-logit, logit])
+    return scores
+
+
+def probabilities(raw: Array, *, one_logit: bool) -> Array:
+    """Softmax of the scores; for one logit z the sigmoid, as MLlib does for its margins."""
+    if one_logit:
+        return 1.0 / (1.0 + np.exp(-np.clip(raw, -700, 700)))
+    shifted = np.exp(raw - raw.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def decide(chance: Array, thresholds: Sequence[float] | None) -> Array:
+    """The class with the largest probability, each divided by its threshold, as `pyspark.ml.param.HasThresholds` says.
+
+    A class with threshold 0 wins unless its probability is 0.
+    """
+    if thresholds is None:
+        return chance.argmax(1).astype(np.float64)
+    if len(thresholds) != chance.shape[1]:
+        raise ConfigError(
+            f"thresholds has {len(thresholds)} values, but the module has {chance.shape[1]} classes. Give one per class."
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = chance / np.asarray(thresholds)
+    return np.where(np.isnan(scaled), -np.inf, scaled).argmax(1).astype(np.float64)
+
+
+def is_one_logit(scores: Array) -> bool:
+    """True where a classifier's module returned one number per row, shape (rows,) or (rows, 1)."""
+    return scores.ndim == 1 or scores.shape[1] == 1
+
+
+def _vectors(values: Array) -> pa.StructArray:
+    """Dense ML vectors in the struct form that Spark's VectorUDT has in Arrow."""
+    rows = len(values)
+    return pa.StructArray.from_arrays(
+        [
+            pa.array(np.ones(rows, np.int8)),
+            pa.nulls(rows, pa.int32()),
+            pa.nulls(rows, pa.list_(pa.int32())),
+            _lists(values, pa.float64()),
+        ],
+        ["type", "size", "indices", "values"],
+    )
+
+
+def _lists(values: Array, kind: pa.DataType) -> pa.ListArray:
+    rows, width = values.shape
+    offsets = np.arange(0, rows * width + 1, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind)
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)
+
+
+@functools.lru_cache(maxsize=2)
+def _cached(digest: str, device: str) -> list[nn.Module]:
+    """A slot for one module in this Python worker."""
+    return []
+
+
+def _loaded(digest: str, device: str, load: Callable[[], nn.Module]) -> nn.Module:
+    """The module, loaded once per Python worker and device; the two used last are kept."""
+    slot = _cached(digest, device)
+    if not slot:
+        slot.append(load().to(device).eval())
+    return slot[0]
+
+
+def _task_device(asked: Device) -> torch.device:
+    """The GPU that Spark assigned to the task; with ``"cuda"`` any; else the CPU."""
+    from pyspark import TaskContext
+
+    task = TaskContext.get()
+    if asked == "cpu" or not torch.cuda.is_available() or task is None:
+        if asked == "cuda":
+            raise LaunchError("device='cuda' was asked for transform, but torch sees no GPU on this executor. Use 'auto'.")
+        return torch.device("cpu")
+    gpu = task.resources().get("gpu")
+    if gpu:
+        return torch.device("cuda", cuda_index(gpu.addresses[0], os.environ))
+    if asked == "cuda":
+        return torch.device("cuda", task.partitionId() % torch.cuda.device_count())
+    return torch.device("cpu")

@@ -1,0 +1,67 @@
+"""One progress bar on the driver, fed by what the ranks report."""
+
+import logging
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+__all__ = ["Progress"]
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Shows epochs and steps while the barrier stage runs; use as a context manager.
+
+    On a terminal or in a notebook it is a bar. Elsewhere it stays quiet, and every epoch is one line of the log.
+
+    Args:
+        shown: False never shows a bar.
+    """
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._bar: tqdm[Any] | None = None
+        self._steps = 0
+        self.plan: dict[str, Any] = {}
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take one event of a rank: ``plan``, ``step`` or ``epoch``."""
+        kind = event["event"]
+        if kind == "plan":
+            self.plan = event
+            self._steps = event["steps"]
+            if self._shown:
+                # None: no bar where the output is not a terminal.
+                self._bar = tqdm(total=event["epochs"] * event["steps"], unit="step", disable=None, dynamic_ncols=True)
+        elif kind == "step":
+            self._advance((event["epoch"] - 1) * self._steps + event["step"], event["epoch"], event["loss"])
+        elif kind == "epoch":
+            self._advance(event["step"], event["epoch"], event["loss"], event.get("validation_loss"))
+            logger.info(
+                "epoch %d: loss %.6g%s, %.0f rows/s",
+                event["epoch"],
+                event["loss"],
+                f", validation loss {event['validation_loss']:.6g}" if "validation_loss" in event else "",
+                event["rows_per_second"],
+            )
+
+    def _advance(self, step: int, epoch: int, loss: float, validation_loss: float | None = None) -> None:
+        if self._bar is None:
+            return
+        self._bar.set_description(f"epoch {epoch}/{self.plan['epochs']}", refresh=False)
+        shown = {"loss": f"{loss:.4g}"}
+        if validation_loss is not None:
+            shown["validation"] = f"{validation_loss:.4g}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(max(0, step - self._bar.n))
