@@ -200,9 +200,7 @@ def _run_function(payload: bytes, rank: RankContext, batches: Iterator[pa.Record
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(
-        thread_count(
-            cores=available_cores(), local_world_size=rank.world.local_world_size, task_cpus=rank.task_cpus
-        )
+        thread_count(cores=available_cores(), local_world_size=rank.world.local_world_size, task_cpus=rank.task_cpus)
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -145,9 +145,7 @@ def fit_distributor(frame: DataFrame, config: Config) -> History:
     steps = -(-frame.count() // config.batch_size)
     distributor = TorchDistributor(num_processes=config.workers, local_mode=False, use_gpu=False)
     history: History
-    _, history = distributor._train_on_dataframe(
-        train_on_partition, frame, steps * config.worker_batch, config
-    )
+    _, history = distributor._train_on_dataframe(train_on_partition, frame, steps * config.worker_batch, config)
     return history
 
 
@@ -169,13 +167,9 @@ def fit_ddp(path: str, config: Config) -> History:
     return report.get()
 
 
-def train_in_memory(
-    rank: int, address: str, path: str, config: Config, report: SimpleQueue[History]
-) -> None:
+def train_in_memory(rank: int, address: str, path: str, config: Config, report: SimpleQueue[History]) -> None:
     """Trains on this worker's share of the rows, read before its loop starts."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=config.workers
-    )
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=config.workers)
     table = pq.read_table(path)
     values = table["features"].combine_chunks().flatten().to_numpy()
     features = torch.tensor(values.reshape(-1, config.features)[rank :: config.workers])

@@ -98,9 +98,7 @@ def load_flights(spark: SparkSession, tables: Path) -> DataFrame:
     """Returns one row per flight that arrived: its label, and all that the models are told."""
     read = spark.read.options(header=True, inferSchema=True, nullValue="NA")
     flights = read.csv(str(tables / "flights.csv"))
-    weather = read.csv(str(tables / "weather.csv")).select(
-        "origin", "time_hour", "wind_dir", *WEATHER
-    )
+    weather = read.csv(str(tables / "weather.csv")).select("origin", "time_hour", "wind_dir", *WEATHER)
     planes = read.csv(str(tables / "planes.csv")).select(
         "tailnum", "manufacturer", "seats", F.col("year").alias("built")
     )
@@ -226,9 +224,7 @@ def verify(spark: SparkSession, output: Path) -> None:
         sys.exit("The loaded pipeline does not predict what the fitted one did.")
 
 
-def draw(
-    path: Path, history: list[dict[str, Any]], scored: dict[str, DataFrame], areas: dict[str, float]
-) -> None:
+def draw(path: Path, history: list[dict[str, Any]], scored: dict[str, DataFrame], areas: dict[str, float]) -> None:
     """Draws the loss per epoch, and the ROC curves on the held-out flights."""
 
 

@@ -59,8 +59,7 @@ def _download(folder: Path) -> Path:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         raise RuntimeError(
-            f"{archive.name} is not the archive this example was written for: "
-            f"its SHA-256 is {found}, not {SHA256}."
+            f"{archive.name} is not the archive this example was written for: its SHA-256 is {found}, not {SHA256}."
         )
     return archive
 

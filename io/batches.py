@@ -162,7 +162,9 @@ class _ShardFeed:
 
     def _left(self) -> Tensors:
         """Copy what is left of the window whose memory is about to be used again: less than one batch."""
-        parts = [{field: tensors[field].index_select(0, order) for field in self._fields} for tensors, order in self._parts]
+        parts = [
+            {field: tensors[field].index_select(0, order) for field in self._fields} for tensors, order in self._parts
+        ]
         return {field: torch.cat([part[field] for part in parts]) for field in self._fields} if parts else {}
 
     def _joined(self, pieces: Sequence[Tensors], rows: int) -> Tensors:

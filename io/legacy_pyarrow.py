@@ -83,9 +83,7 @@ class ParquetDatasetPiece:
         with self._opened() as file:
             return file.metadata
 
-    def read(
-        self, columns: Sequence[str] | None = None, partitions: Partitions | None = None
-    ) -> pa.Table:
+    def read(self, columns: Sequence[str] | None = None, partitions: Partitions | None = None) -> pa.Table:
         """Read the piece and append its partition columns."""
         wanted = None if columns is None else list(columns)
         with self._opened() as file:

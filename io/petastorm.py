@@ -187,5 +187,3 @@ class _OpenFiles:
             for file in self._open.values():
                 file.close(force=True)
             self._open.clear()
-
-

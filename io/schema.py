@@ -227,9 +227,7 @@ def _cells(values: npt.NDArray[Any]) -> tuple[pa.Array, str]:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), rows, buffers), values.dtype.name
 
 
-def _rectangle(
-    array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None
-) -> npt.NDArray[Any]:
+def _rectangle(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None) -> npt.NDArray[Any]:
     lengths = array.value_lengths().to_numpy(zero_copy_only=False)
     width = _width(lengths, column, batch, width)
     values = array.flatten()
@@ -242,9 +240,7 @@ def _rectangle(
     return values.to_numpy(zero_copy_only=False).reshape(len(array), width)
 
 
-def _dense(
-    array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None
-) -> npt.NDArray[Any]:
+def _dense(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None) -> npt.NDArray[Any]:
     """Spark ML vectors, a struct of type (0 sparse, 1 dense), size, indices and values, as a dense matrix."""
     rows = len(array)
     sparse = array.field("type").to_numpy(zero_copy_only=False) == 0
@@ -266,9 +262,7 @@ def _dense(
     return out
 
 
-def _width(
-    lengths: npt.NDArray[Any], column: Column, batch: pa.RecordBatch | None, width: int | None
-) -> int:
+def _width(lengths: npt.NDArray[Any], column: Column, batch: pa.RecordBatch | None, width: int | None) -> int:
     expected = int(lengths[0]) if width is None and len(lengths) else width or 0
     odd = np.flatnonzero(lengths != expected)
     if len(odd):
@@ -295,7 +289,9 @@ def _check_values(values: npt.NDArray[Any], column: Column, batch: pa.RecordBatc
     if column.validity == "weight":
         bad_rows = np.flatnonzero(values < 0)
         if len(bad_rows):
-            raise DataError(f"{column.name!r} is negative in a row: {_show(batch, int(bad_rows[0]))}. Weights are >= 0.")
+            raise DataError(
+                f"{column.name!r} is negative in a row: {_show(batch, int(bad_rows[0]))}. Weights are >= 0."
+            )
         return
     bad_rows = np.flatnonzero((values != np.floor(values)) | (values < 0))
     if len(bad_rows):

@@ -117,9 +117,7 @@ def deal_rows(df: "DataFrame", columns: Columns, *, num_shards: int, world_size:
 
 
 @contextlib.contextmanager
-def open_spool(
-    batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequence[int]
-) -> Iterator[Spool]:
+def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequence[int]) -> Iterator[Spool]:
     """Write a rank's rows to its local disk, for the time of the block.
 
     The files have no names: they vanish with the process, however it dies.
@@ -137,8 +135,7 @@ def open_spool(
         directory = None
     with contextlib.ExitStack() as stack:
         writers = {
-            name: _Writer(stack.enter_context(tempfile.TemporaryFile(dir=directory)))
-            for name in (*shards, VALIDATION)
+            name: _Writer(stack.enter_context(tempfile.TemporaryFile(dir=directory))) for name in (*shards, VALIDATION)
         }
         facts, sample = Facts(), None
         for batch in batches:
@@ -277,9 +274,7 @@ def _both(left: pa.Array | None, right: pa.Array | None) -> pa.Array | None:
     return pc.and_(left, right)
 
 
-def _stage_partition(
-    columns: Columns, directory: str, batches: Iterator[pa.RecordBatch]
-) -> Iterator[pa.RecordBatch]:
+def _stage_partition(columns: Columns, directory: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     from pyspark import TaskContext
 
     task = TaskContext.get()

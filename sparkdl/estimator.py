@@ -79,9 +79,7 @@ class _TorchTrainer(Estimator, TrainParams, Saved, MLWritable, MLReadable[Any], 
         progress = Progress(shown=config.verbose)
         try:
             if config.staging_dir is None:
-                source = deal_rows(
-                    dataset, columns, num_shards=spec.num_shards, world_size=config.num_train_workers
-                )
+                source = deal_rows(dataset, columns, num_shards=spec.num_shards, world_size=config.num_train_workers)
             else:
                 staged = stage_dataset(dataset, columns, _run_directory(config.staging_dir, spec.run_id))
                 source = _one_row_per_rank(spark, config.num_train_workers)
@@ -398,7 +396,14 @@ class TorchEstimator(_TorchTrainer[TorchModel], EstimatorColumns):
 
 
 def _check_config(config: TrainConfig) -> None:
-    least = {"max_epochs": 1, "batch_size": 1, "num_train_workers": 1, "micro_batch_size": 1, "num_shards": 1, "seed": 0}
+    least = {
+        "max_epochs": 1,
+        "batch_size": 1,
+        "num_train_workers": 1,
+        "micro_batch_size": 1,
+        "num_shards": 1,
+        "seed": 0,
+    }
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and value < bound:

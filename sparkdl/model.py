@@ -151,9 +151,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):  # t
             return dataset
         columns = self._resolve(dataset)
         predictor = Predictor(cloudpickle.dumps(self.module), columns, outputs, self.getDevice())
-        result = StructType(
-            [StructField(name, kind) for name, kind in zip(outputs.names, added.values(), strict=True)]
-        )
+        result = StructType([StructField(name, kind) for name, kind in zip(outputs.names, added.values(), strict=True)])
         predict = arrow_udf(_iterate(predictor), result)
         given = F.struct(*select_expressions(Columns(columns, ())))
         made = "__sparkdl_" + self.uid
@@ -297,7 +295,9 @@ class TorchRegressionModel(_TorchModel, RegressorColumns):
         one = self.numTargets == 1
         kind: Kind = "number" if one else "targets"
         name = self.getPredictionCol()
-        return Outputs(("prediction",), (kind,)), {name: DoubleType() if one else ArrayType(DoubleType())} if name else {}
+        return Outputs(("prediction",), (kind,)), {
+            name: DoubleType() if one else ArrayType(DoubleType())
+        } if name else {}
 
 
 @accessors

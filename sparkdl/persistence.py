@@ -8,13 +8,14 @@ Files go through Spark, not through this process's disk: over Spark Connect the 
 Nothing is unpickled unless the reader is told to.
 """
 
-import contextlib
+import functools
 import os
 import pickle
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 from pyspark import cloudpickle
 from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 from pyspark.sql import functions as F
@@ -28,6 +29,7 @@ from sparkdl.serialization import (
     resolve,
     restore_module,
 )
+from sparkdl.storage import open_file_system
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -37,7 +39,6 @@ __all__ = ["FORMAT_VERSION", "ModuleReader", "ModuleWriter", "Saved"]
 FORMAT_VERSION = 1
 _PICKLE = "objects.pickle"
 _ALLOW_CONF = "spark.sparkdl.allowPickle"
-_DEST_CONF = "spark.sql.artifact.copyFromLocalToFs.allowDestLocal"
 
 
 class Saved:
@@ -91,9 +92,7 @@ class ModuleWriter(MLWriter):
             "objects": described,
             "facts": instance._saved_facts(),
         }
-        plain = {
-            param.name: value for param, value in instance._paramMap.items() if param.name not in described
-        }
+        plain = {param.name: value for param, value in instance._paramMap.items() if param.name not in described}
         # The defaults are the class's own; those of another version must not come back.
         DefaultParamsWriter.saveMetadata(instance, path, spark, extraMetadata=extra, paramMap=plain)
         for name, content in files.items():
@@ -190,9 +189,26 @@ def write_file(spark: "SparkSession", path: str, content: bytes) -> None:
             utility = getattr(spark.sparkContext._gateway.jvm, "org.apache.spark.ml.python.MLUtil")  # type: ignore[union-attr]
             utility.copyFileFromLocalToFs(local, path)
             return
-        with _local_destination(spark):
-            # Over Connect the server resolves a path without a scheme; it refuses its own disk unless told.
+        try:
+            # The server resolves a path without a scheme against its default file system.
             spark.copyFromLocalToFs(local, path.removeprefix("file://").removeprefix("file:"))
+        except Exception as error:
+            if "local file system destination" not in str(error):
+                raise
+            # The server keeps clients off its own disk, but not off that of its executors, where Spark's own
+            # writers put a local path as well.
+            source = spark.createDataFrame([(content,)], "content binary")
+            source.mapInArrow(functools.partial(_write_local, path), "written int").toArrow()
+
+
+def _write_local(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    file_system, inner = open_file_system(path)
+    for batch in batches:
+        file_system.create_dir(os.path.dirname(inner), recursive=True)
+        for content in batch.column(0):
+            with file_system.open_output_stream(inner) as sink:
+                sink.write(content.as_buffer())
+        yield pa.RecordBatch.from_pydict({"written": pa.array([1] * batch.num_rows, pa.int32())})
 
 
 def read_file(spark: "SparkSession", path: str) -> bytes:
@@ -205,13 +221,3 @@ def read_file(spark: "SparkSession", path: str) -> bytes:
     if row is None:
         raise PersistenceError(f"{path} is missing; the save was not completed.")
     return bytes(row[0])
-
-
-@contextlib.contextmanager
-def _local_destination(spark: "SparkSession") -> Iterator[None]:
-    before = spark.conf.get(_DEST_CONF, "false")
-    spark.conf.set(_DEST_CONF, "true")
-    try:
-        yield
-    finally:
-        spark.conf.set(_DEST_CONF, before or "false")

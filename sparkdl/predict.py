@@ -197,7 +197,9 @@ def _task_device(asked: Device) -> torch.device:
     task = TaskContext.get()
     if asked == "cpu" or not torch.cuda.is_available() or task is None:
         if asked == "cuda":
-            raise LaunchError("device='cuda' was asked for transform, but torch sees no GPU on this executor. Use 'auto'.")
+            raise LaunchError(
+                "device='cuda' was asked for transform, but torch sees no GPU on this executor. Use 'auto'."
+            )
         return torch.device("cpu")
     gpu = task.resources().get("gpu")
     if gpu:

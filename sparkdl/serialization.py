@@ -173,9 +173,7 @@ class _Writer:
             },
             "training": module.training,
             "attributes": {
-                name: self._value(value, f"{where}.{name}")
-                for name, value in state.items()
-                if name not in _MACHINERY
+                name: self._value(value, f"{where}.{name}") for name, value in state.items() if name not in _MACHINERY
             },
         }
 
@@ -273,7 +271,9 @@ class _Reader:
             "import": self._import,
         }
         if kind not in builders:
-            raise PersistenceError(f"The file holds an attribute of unknown kind {kind!r}; was it written by a newer version?")
+            raise PersistenceError(
+                f"The file holds an attribute of unknown kind {kind!r}; was it written by a newer version?"
+            )
         return builders[kind](content)
 
     def _import(self, path: str) -> Any:

@@ -64,9 +64,7 @@ class _RowsToLoss(nn.Module):
         self.module = module
         self.objective = objective
 
-    def forward(
-        self, inputs: tuple[Tensor, ...], labels: tuple[Tensor, ...], weight: Tensor | None
-    ) -> Tensor:
+    def forward(self, inputs: tuple[Tensor, ...], labels: tuple[Tensor, ...], weight: Tensor | None) -> Tensor:
         if not len(inputs[0]):
             return torch.stack([(value * 0).sum() for value in self.parameters() if value.requires_grad]).sum()
         loss: Tensor = self.objective(self.module(*inputs), labels, weight)

@@ -83,9 +83,7 @@ def imports_of(module: str, path: Path, root: Path) -> list[Import]:
     ]
 
 
-def _import_nodes(
-    node: ast.AST, *, on_load: bool
-) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+def _import_nodes(node: ast.AST, *, on_load: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child, on_load
@@ -203,9 +201,7 @@ def strangers(root: Path) -> list[str]:
             library = item.target.partition(".")[0]
             if library == "petastorm" and not name.startswith("io"):
                 faults.append(f"{item.where}: only sparkdl.io knows Petastorm")
-            if library == "pyspark" and any(
-                name == free or name.startswith(f"{free}.") for free in SPARK_FREE
-            ):
+            if library == "pyspark" and any(name == free or name.startswith(f"{free}.") for free in SPARK_FREE):
                 faults.append(f"{item.where}: {module} knows nothing of Spark")
     return faults
 

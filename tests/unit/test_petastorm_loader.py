@@ -51,9 +51,7 @@ def run_python(code, *arguments, search_path=()):
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join([*map(str, search_path), *filter(None, inherited)])
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=100
-    )
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -127,12 +125,7 @@ def described(tmp_path_factory):
         for row in rows
     ]
     pq.write_table(
-        pa.Table.from_pylist(
-            [
-                {k: bytes(v) if isinstance(v, bytearray) else v for k, v in e.items()}
-                for e in encoded
-            ]
-        ),
+        pa.Table.from_pylist([{k: bytes(v) if isinstance(v, bytearray) else v for k, v in e.items()} for e in encoded]),
         folder / "part.parquet",
         row_group_size=ROWS_PER_GROUP,
     )
@@ -272,9 +265,7 @@ def copy_of_petastorm(folder, version):
     import petastorm
 
     source = Path(petastorm.__file__).parent
-    copy = shutil.copytree(
-        source, folder / "petastorm", ignore=shutil.ignore_patterns("tests", "__pycache__")
-    )
+    copy = shutil.copytree(source, folder / "petastorm", ignore=shutil.ignore_patterns("tests", "__pycache__"))
     init = copy / "__init__.py"
     init.write_text(init.read_text().replace(petastorm.__version__, version))
 
@@ -338,9 +329,7 @@ def test_two_shards_read_every_row_once(numbers):
 
 
 def test_row_groups_come_in_another_order_in_each_epoch(numbers):
-    with make_batch_reader(
-        url_of(numbers), reader_pool_type="dummy", num_epochs=2, seed=1
-    ) as reader:
+    with make_batch_reader(url_of(numbers), reader_pool_type="dummy", num_epochs=2, seed=1) as reader:
         firsts = [int(batch.id[0]) for batch in reader]
     half = len(firsts) // 2
     assert sorted(firsts[:half]) == sorted(firsts[half:])
@@ -383,9 +372,7 @@ def test_partition_folders_become_columns(partitioned, pool):
     ],
 )
 def test_filters_drop_partitions(partitioned, filters, expected):
-    with make_batch_reader(
-        url_of(partitioned), reader_pool_type="dummy", filters=filters
-    ) as reader:
+    with make_batch_reader(url_of(partitioned), reader_pool_type="dummy", filters=filters) as reader:
         assert ids_of(reader) == [id_ for id_ in range(ROWS) if expected(id_)]
 
 
@@ -428,9 +415,7 @@ def test_other_file_systems(numbers):
     with make_batch_reader("memory://loader/numbers", workers_count=2) as reader:
         assert ids_of(reader) == list(range(ROWS))
     memory.rm("/loader", recursive=True)
-    with make_batch_reader(
-        url_of(numbers), filesystem=pyarrow.fs.LocalFileSystem(), workers_count=2
-    ) as reader:
+    with make_batch_reader(url_of(numbers), filesystem=pyarrow.fs.LocalFileSystem(), workers_count=2) as reader:
         assert ids_of(reader) == list(range(ROWS))
 
 
@@ -460,11 +445,7 @@ def test_reader_decodes_a_unischema(described, pool):
 
 
 def test_names_in_old_pickles_are_found():
-    field = (
-        b"cpyspark.serializers\n_restore\n"
-        b"(VUnischemaField\n(Vname\nVnumpy_dtype\nt(Vid\ncnumpy\nunicode_\ntt"
-        b"R."
-    )
+    field = b"cpyspark.serializers\n_restore\n(VUnischemaField\n(Vname\nVnumpy_dtype\nt(Vid\ncnumpy\nunicode_\nttR."
     restored = legacy.depickle_legacy_package_name_compatible(field)
     assert type(restored).__name__ == "UnischemaField"
     assert (restored.name, restored.numpy_dtype) == ("id", np.str_)
@@ -505,9 +486,7 @@ def pool_with_a_last_minute_item(pool_class):
     # A ProcessPool asks once for its log, before it compares the counts.
     at_question = {thread_pool.ThreadPool: 1, process_pool.ProcessPool: 2}[pool_class]
     pool = pool_class(1)
-    pool.start(
-        CoeffMultiplierWorker, {"coeff": 3}, LastMinuteVentilator(pool.ventilate, at_question)
-    )
+    pool.start(CoeffMultiplierWorker, {"coeff": 3}, LastMinuteVentilator(pool.ventilate, at_question))
     yield pool
     pool.stop()
     pool.join()
@@ -571,9 +550,7 @@ def test_a_function_of_petastorm_arrives_in_a_worker_that_imported_nothing(tmp_p
 
 
 def test_worker_processes_search_where_their_parent_does(tmp_path, numbers, monkeypatch):
-    (tmp_path / "only_here.py").write_text(
-        "def double(frame):\n    frame['id'] = 2 * frame['id']\n    return frame\n"
-    )
+    (tmp_path / "only_here.py").write_text("def double(frame):\n    frame['id'] = 2 * frame['id']\n    return frame\n")
     monkeypatch.syspath_prepend(tmp_path)
     import only_here
 
