@@ -144,7 +144,7 @@ def dumps(value: Any, what: str) -> bytes:
         ConfigError: ``value`` cannot be pickled.
     """
     try:
-        return cloudpickle.dumps(value)
+        return bytes(cloudpickle.dumps(value))
     except Exception as error:
         raise ConfigError(
             f"{what} must travel to the executors, but cannot be pickled: {error}. Build what is not picklable (locks, "

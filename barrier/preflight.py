@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pyspark.errors import PySparkException
@@ -61,8 +62,8 @@ def check_slots(spark: "SparkSession", num_train_workers: int) -> int | None:
     if not local and (spark.conf.get("spark.dynamicAllocation.enabled", "false") or "").lower() == "true":
         raise LaunchError(
             f"numTrainWorkers={num_train_workers} runs in a barrier stage, which Spark does not start while dynamic "
-            "allocation is on. Submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of executors "
-            "(--num-executors or spark.cores.max)."
+            "allocation is on. Submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of "
+            "executors (--num-executors or spark.cores.max)."
         )
     slots = find_slots(spark)
     if slots is not None and slots < num_train_workers:
@@ -107,7 +108,7 @@ def check_executor_python(spark: "SparkSession") -> None:
     _checked.add(spark)
 
 
-def _probe():  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _probe() -> Callable[[str], str]:
     def probe(needed: str) -> str:
         import importlib.util
         import json

@@ -14,6 +14,8 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from sparkdl.barrier.world import World
 
@@ -62,9 +64,9 @@ def process_group(
         logger.warning("leaving the process group that an earlier job left open in this Python worker")
         dist.destroy_process_group()
     with _bound_to(interface_of(address)):
-        store = dist.PrefixStore(
+        store = PrefixStore(
             prefix,
-            dist.TCPStore(
+            TCPStore(
                 store_address[0],
                 store_address[1],
                 world.world_size,
@@ -91,7 +93,7 @@ def interface_of(address: str) -> str | None:
     """Name of the network interface that has ``address``; None where no interface has it."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
-            return name
+            return str(name)
     return None
 
 

@@ -92,7 +92,7 @@ def error_of(failures: dict[int, Failure]) -> SparkdlError:
 
 
 def bind_store(address: str) -> socket.socket:
-    """A listening socket on ``address`` alone, on a port that the system chose: nothing can take it before the store."""
+    """A listening socket on ``address`` alone, on a port of the system's choice: nothing can take it from the store."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

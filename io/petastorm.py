@@ -29,7 +29,7 @@ Decode = Callable[[pa.Table], Any]
 _VENTILATION_SECONDS = 0.001
 
 
-class PlannedReader(Reader):  # type: ignore[misc]
+class PlannedReader(Reader):
     """One pass over the pieces of a plan, in the order of the plan.
 
     Iterating yields what ``decode`` made of each piece. Use as a context manager: leaving it stops the threads and
@@ -104,8 +104,8 @@ class PlannedReader(Reader):  # type: ignore[misc]
             except EmptyResultError:
                 group = self._pieces[number].row_group
                 raise DataError(
-                    f"The reader ended without row group {group.index} of {group.path} ({len(self._waiting)} later ones "
-                    "had arrived). This is a defect of the reader; the epoch was not completed."
+                    f"The reader ended without row group {group.index} of {group.path} ({len(self._waiting)} later "
+                    "ones had arrived). This is a defect of the reader; the epoch was not completed."
                 ) from None
             self._waiting[done] = result
         result = self._waiting.pop(number)
@@ -128,7 +128,7 @@ class _InOrder:
         return self._reader.next_in_order(workers_pool)
 
 
-class _InOrderVentilator(ConcurrentVentilator):  # type: ignore[misc]
+class _InOrderVentilator(ConcurrentVentilator):
     """Counts a piece as processed when it is handed out, not when a thread is done with it.
 
     Petastorm's count would let the buffer of results that wait for their turn grow without bound behind a slow piece.
@@ -142,7 +142,7 @@ class _InOrderVentilator(ConcurrentVentilator):  # type: ignore[misc]
         super().processed_item()
 
 
-class _PieceWorker(WorkerBase):  # type: ignore[misc]
+class _PieceWorker(WorkerBase):
     """Reads a piece and publishes ``(number, decoded)``, or ``(number, error)``."""
 
     def process(self, number: int, piece: Piece) -> None:

@@ -10,6 +10,7 @@ sizes. (This is the Webster/Sainte-Laguë apportionment, taken one seat at a tim
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def plan_pieces(row_groups: Sequence[RowGroup], num_shards: int) -> tuple[tuple[
     total = int(starts[-1])
     cuts = [shard * total // num_shards for shard in range(num_shards + 1)]
     shards = []
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    for low, high in itertools.pairwise(cuts):
         pieces = []
         first = int(np.searchsorted(starts, low, side="right")) - 1
         for number in range(first, len(row_groups)):
@@ -277,4 +278,5 @@ def _rows_up_to(key_bits: Int64, shard_rows: Int64) -> Int64:
     count = np.minimum((key * rows + 0.5).astype(np.int64), shard_rows)
     # The product is rounded: compare with the keys themselves, as doubles, one row up and one row down.
     count = count + ((count < shard_rows) & ((2 * count + 1) / (2 * rows) <= key))
-    return count - ((count > 0) & ((2 * count - 1) / (2 * rows) > key))
+    down: Int64 = count - ((count > 0) & ((2 * count - 1) / (2 * rows) > key))
+    return down

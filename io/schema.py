@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.utils.dlpack
 
 from sparkdl.config import Column, Columns
 from sparkdl.errors import ConfigError, DataError
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 VALIDATION = "validation"
+Array = npt.NDArray[Any]
 _VALUES = b"sparkdl.values"  # Parquet field metadata: dtype of the values in a fixed-size binary cell
 _INTEGRAL = ("tinyint", "smallint", "int", "bigint")
 _FLOATING = ("float", "double", "boolean")
@@ -159,9 +161,7 @@ def encode(
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields)), seen
 
 
-def to_array(
-    array: pa.Array, column: Column, batch: pa.RecordBatch | None = None, width: int | None = None
-) -> npt.NDArray[Any]:
+def to_array(array: pa.Array, column: Column, batch: pa.RecordBatch | None = None, width: int | None = None) -> Array:
     """One Arrow column as a NumPy array: shape (rows,) for numbers, (rows, values) for vectors and arrays.
 
     Args:
@@ -210,14 +210,14 @@ def decode(table: pa.Table, columns: Columns) -> dict[str, torch.Tensor]:
                 [None, array.buffers()[1]],
                 offset=array.offset * width,
             )
-            tensors[column.field] = torch.from_dlpack(flat).reshape(len(array), width)
+            tensors[column.field] = torch.utils.dlpack.from_dlpack(flat).reshape(len(array), width)
         else:
-            tensor = torch.from_dlpack(array)
+            tensor = torch.utils.dlpack.from_dlpack(array)
             tensors[column.field] = tensor if column.flat else tensor[:, None]
     return tensors
 
 
-def _cells(values: npt.NDArray[Any]) -> tuple[pa.Array, str]:
+def _cells(values: Array) -> tuple[pa.Array, str]:
     """Fixed-size cells over the memory of ``values``: no copy."""
     if values.ndim == 1:
         return pa.array(values), values.dtype.name
@@ -227,7 +227,7 @@ def _cells(values: npt.NDArray[Any]) -> tuple[pa.Array, str]:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), rows, buffers), values.dtype.name
 
 
-def _rectangle(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None) -> npt.NDArray[Any]:
+def _rectangle(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None) -> Array:
     lengths = array.value_lengths().to_numpy(zero_copy_only=False)
     width = _width(lengths, column, batch, width)
     values = array.flatten()
@@ -237,10 +237,11 @@ def _rectangle(array: pa.Array, column: Column, batch: pa.RecordBatch | None, wi
             f"{column.name!r} has a null inside an array; the first row: {_show(batch, row)}. "
             "Fill or drop nulls inside arrays before fit."
         )
-    return values.to_numpy(zero_copy_only=False).reshape(len(array), width)
+    found: Array = values.to_numpy(zero_copy_only=False).reshape(len(array), width)
+    return found
 
 
-def _dense(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None) -> npt.NDArray[Any]:
+def _dense(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width: int | None) -> Array:
     """Spark ML vectors, a struct of type (0 sparse, 1 dense), size, indices and values, as a dense matrix."""
     rows = len(array)
     sparse = array.field("type").to_numpy(zero_copy_only=False) == 0
@@ -252,7 +253,8 @@ def _dense(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width:
     width = _width(sizes, column, batch, width)
     flat = values.flatten().to_numpy(zero_copy_only=False)
     if not sparse.any():
-        return flat.reshape(rows, width)
+        dense: Array = flat.reshape(rows, width)
+        return dense
     of_sparse = np.repeat(sparse, lengths)
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     position = np.arange(len(flat)) - starts  # the position within its row; right for dense rows
@@ -262,7 +264,7 @@ def _dense(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width:
     return out
 
 
-def _width(lengths: npt.NDArray[Any], column: Column, batch: pa.RecordBatch | None, width: int | None) -> int:
+def _width(lengths: Array, column: Column, batch: pa.RecordBatch | None, width: int | None) -> int:
     expected = int(lengths[0]) if width is None and len(lengths) else width or 0
     odd = np.flatnonzero(lengths != expected)
     if len(odd):
@@ -274,7 +276,7 @@ def _width(lengths: npt.NDArray[Any], column: Column, batch: pa.RecordBatch | No
     return expected
 
 
-def _check_values(values: npt.NDArray[Any], column: Column, batch: pa.RecordBatch | None) -> None:
+def _check_values(values: Array, column: Column, batch: pa.RecordBatch | None) -> None:
     if values.dtype.kind == "f" and column.validity != "any":
         finite = np.isfinite(values)
         if not finite.all():

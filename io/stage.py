@@ -134,9 +134,8 @@ def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequ
     if directory is not None and not os.path.isdir(directory):
         directory = None
     with contextlib.ExitStack() as stack:
-        writers = {
-            name: _Writer(stack.enter_context(tempfile.TemporaryFile(dir=directory))) for name in (*shards, VALIDATION)
-        }
+        names: list[int | str] = [*shards, VALIDATION]
+        writers = {name: _Writer(stack.enter_context(tempfile.TemporaryFile(dir=directory))) for name in names}
         facts, sample = Facts(), None
         for batch in batches:
             if not batch.num_rows:

@@ -5,7 +5,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pyspark import keyword_only
@@ -58,10 +58,11 @@ M = TypeVar("M", TorchClassificationModel, TorchRegressionModel, TorchModel)
 _CHOICES = {"shuffle": ("window", "none"), "device": ("auto", "cpu", "cuda")}
 
 
-class _TorchTrainer(Estimator, TrainParams, Saved, MLWritable, MLReadable[Any], Generic[M]):  # type: ignore[misc]
+class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any], Generic[M]):
     """Common to all Estimators: checks before the first job, one fit, one way to be saved."""
 
     _model_class: ClassVar[type[Any]]
+    _input_kwargs: dict[str, Any]  # set by keyword_only
     _binary: ClassVar[bool] = False
 
     def _fit(self, dataset: "DataFrame") -> M:
@@ -170,8 +171,8 @@ class _TorchTrainer(Estimator, TrainParams, Saved, MLWritable, MLReadable[Any], 
         several = self._value("inputCols")
         if several is not None and self.isSet("featuresCol"):
             raise ConfigError(
-                f"featuresCol={self.getFeaturesCol()!r} and inputCols={several!r} are both set. Set one: featuresCol for a "
-                "module with one input, inputCols for positional inputs in order."
+                f"featuresCol={self.getFeaturesCol()!r} and inputCols={several!r} are both set. Set one: featuresCol "
+                "for a module with one input, inputCols for positional inputs in order."
             )
         if several is not None and not several:
             raise ConfigError("inputCols is empty. Name at least one column, or use featuresCol.")
@@ -213,8 +214,8 @@ class _TorchTrainer(Estimator, TrainParams, Saved, MLWritable, MLReadable[Any], 
 class TorchClassifier(_TorchTrainer[TorchClassificationModel], ClassifierColumns):
     """Trains a torch module as a Spark ML classifier.
 
-    The module returns one score per class, shape (rows, classes), or one logit per row for two classes. Labels are class
-    numbers from 0. Every argument is a Param; see `explainParams`.
+    The module returns one score per class, shape (rows, classes), or one logit per row for two classes. Labels are
+    class numbers from 0. Every argument is a Param; see `explainParams`.
     """
 
     _model_class = TorchClassificationModel
@@ -277,8 +278,8 @@ class TorchClassifier(_TorchTrainer[TorchClassificationModel], ClassifierColumns
 class TorchRegressor(_TorchTrainer[TorchRegressionModel], RegressorColumns):
     """Trains a torch module as a Spark ML regressor.
 
-    The module returns one number per row, or one per target where ``labelCol`` is a Vector or an array. Every argument is
-    a Param; see `explainParams`.
+    The module returns one number per row, or one per target where ``labelCol`` is a Vector or an array. Every argument
+    is a Param; see `explainParams`.
     """
 
     _model_class = TorchRegressionModel
@@ -384,11 +385,11 @@ class TorchEstimator(_TorchTrainer[TorchModel], EstimatorColumns):
         several = self._value("labelCols")
         if several is not None and self.isSet("labelCol"):
             raise ConfigError(
-                f"labelCol={self.getLabelCol()!r} and labelCols={several!r} are both set. Set one: labelCols for a loss that "
-                "compares several outputs."
+                f"labelCol={self.getLabelCol()!r} and labelCols={several!r} are both set. Set one: labelCols for a "
+                "loss that compares several outputs."
             )
         param = "labelCol" if several is None else "labelCols"
-        role = "class" if wants_class_labels(loss) else "target"
+        role: Literal["class", "target"] = "class" if wants_class_labels(loss) else "target"
         return [
             resolve_column(dataset, name, field=f"label_{number}", param=param, floating=floating, role=role)
             for number, name in enumerate([self.getLabelCol()] if several is None else several)
@@ -414,8 +415,8 @@ def _check_config(config: TrainConfig) -> None:
     shards = config.num_shards or config.num_train_workers
     if shards < config.num_train_workers:
         raise ConfigError(
-            f"numTrainWorkers={config.num_train_workers} is more than numShards={shards}: some ranks would have nothing to "
-            f"read. Use numShards >= {config.num_train_workers}, best a multiple of it."
+            f"numTrainWorkers={config.num_train_workers} is more than numShards={shards}: some ranks would have "
+            f"nothing to read. Use numShards >= {config.num_train_workers}, best a multiple of it."
         )
     ShardPlan((0,) * shards, config.batch_size)
 

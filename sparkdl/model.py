@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from pyspark.ml.linalg import DenseVector, Vector, VectorUDT
 from pyspark.ml.param import Params
 from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.functions import arrow_udf
 from pyspark.sql.types import ArrayType, DataType, DoubleType, FloatType, StructField, StructType
 from torch import nn
 
-from sparkdl.config import Column, Columns
+from sparkdl.config import Column, Columns, Device
 from sparkdl.errors import ConfigError
 from sparkdl.io.schema import resolve_column, select_expressions
 from sparkdl.params import ClassifierColumns, EstimatorColumns, InputColumns, RegressorColumns, accessors
@@ -81,7 +82,7 @@ class Fitted:
     summary: TrainingSummary | None = None
 
 
-class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):  # type: ignore[misc]
+class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
     """Common to all models: transform, predict, save, load."""
 
     def __init__(self) -> None:
@@ -130,6 +131,12 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):  # t
         """A copy with the same module; see `pyspark.ml.param.Params.copy`."""
         return super().copy(extra)
 
+    def _device(self) -> Device:
+        chosen: Any = self.getOrDefault(self.device)
+        if chosen not in get_args(Device):
+            raise ConfigError(f"device={chosen!r} is not known. Use one of {', '.join(get_args(Device))}.")
+        return cast("Device", chosen)
+
     def _input_names(self) -> list[str]:
         return list(self.getInputCols()) if self.isSet("inputCols") and self.getInputCols() else [self.getFeaturesCol()]
 
@@ -143,16 +150,14 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):  # t
         return StructType([*schema.fields, *added])
 
     def _transform(self, dataset: "DataFrame") -> "DataFrame":
-        from pyspark.sql.functions import arrow_udf
-
         outputs, added = self._outputs()
         check_outputs(dataset, list(added))
         if not added:
             return dataset
         columns = self._resolve(dataset)
-        predictor = Predictor(cloudpickle.dumps(self.module), columns, outputs, self.getDevice())
+        predictor = Predictor(cloudpickle.dumps(self.module), columns, outputs, self._device())
         result = StructType([StructField(name, kind) for name, kind in zip(outputs.names, added.values(), strict=True)])
-        predict = arrow_udf(_iterate(predictor), result)
+        predict = arrow_udf(_iterate(predictor), result)  # type: ignore[call-overload]
         given = F.struct(*select_expressions(Columns(columns, ())))
         made = "__sparkdl_" + self.uid
         predicted = dataset.select("*", predict(given).alias(made))
@@ -215,7 +220,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):  # t
         summary = facts["summary"]
         if summary is not None:
             lists = {name: tuple(value) if isinstance(value, list) else value for name, value in summary.items()}
-            summary = TrainingSummary(**lists)
+            summary = TrainingSummary(**cast("dict[str, Any]", lists))
         self._fitted = Fitted(
             module=objects["module"].eval(),
             floating=facts["floating"],
@@ -258,7 +263,7 @@ class TorchClassificationModel(_TorchModel, ClassifierColumns):
         thresholds = tuple(self.getThresholds())
         if len(thresholds) != self.numClasses:
             raise ConfigError(
-                f"thresholds has {len(thresholds)} values, but the module has {self.numClasses} classes. Give one per class."
+                f"thresholds has {len(thresholds)} values for {self.numClasses} classes. Give one per class."
             )
         return thresholds
 
@@ -270,7 +275,9 @@ class TorchClassificationModel(_TorchModel, ClassifierColumns):
         ]
         named = [entry for entry in wanted if entry[0]]
         kinds = tuple(kind for _, kind, _ in named)
-        return Outputs(kinds, kinds, self._thresholds()), {name: spark_type for name, _, spark_type in named}
+        return Outputs(tuple(map(str, kinds)), kinds, self._thresholds()), {
+            name: spark_type for name, _, spark_type in named
+        }
 
 
 @accessors
@@ -313,7 +320,8 @@ class TorchModel(_TorchModel, EstimatorColumns):
         names = list(self.getOutputCols()) if several else [self.getOutputCol()]
         named = [name for name in names if name]
         fields = tuple(f"output_{number}" for number in range(len(named)))
-        return Outputs(fields, ("output",) * len(named)), {name: ArrayType(FloatType()) for name in named}
+        kinds: tuple[Kind, ...] = tuple("output" for _ in named)
+        return Outputs(fields, kinds), {name: ArrayType(FloatType()) for name in named}
 
 
 def check_outputs(dataset: "DataFrame", names: list[str]) -> None:

@@ -76,7 +76,7 @@ class Objective(nn.Module):
         self.reduction = getattr(loss, "reduction", None)
         if self.reduction in ("mean", "sum") and isinstance(loss, nn.Module):
             self.loss = copy.deepcopy(loss)
-            self.loss.reduction = "none"  # type: ignore[union-attr]
+            setattr(self.loss, "reduction", "none")  # noqa: B010 - an attribute that only torch losses declare
 
     def forward(self, outputs: Any, labels: tuple[Tensor, ...], weight: Tensor | None) -> Tensor:
         """Sum of the (weighted) losses of the rows.
@@ -113,8 +113,8 @@ class Objective(nn.Module):
             return losses if self.reduction == "sum" else losses * rows
         if len(losses) != rows:
             raise ConfigError(
-                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows. Return one value per "
-                "row, or the mean over the rows."
+                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows. Return one value "
+                "per row, or the mean over the rows."
             )
         per_row = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         return (per_row if weight is None else per_row * weight).sum()

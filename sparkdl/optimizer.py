@@ -56,13 +56,13 @@ class OptimizerRecipe:
             ]
             if extra:
                 raise ConfigError(
-                    f"{' and '.join(extra)} cannot reach an optimizer that is a function. Set them inside the function: "
-                    "optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
+                    f"{' and '.join(extra)} cannot reach an optimizer that is a function. Set them inside the "
+                    "function: optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
                 )
             return
         if self.optimizer.lower() not in _NAMED:
             raise ConfigError(
-                f"optimizer={self.optimizer!r} is not known. Use one of {', '.join(optimizer_names())}, or a function "
+                f"optimizer={self.optimizer!r} is unknown. Use one of {', '.join(optimizer_names())}, or a function "
                 "of the parameters."
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
@@ -82,7 +82,7 @@ class OptimizerRecipe:
         """
         if isinstance(self.optimizer, str):
             rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
-            return _NAMED[self.optimizer.lower()](parameters, **{"lr": rate, **self.params})  # type: ignore[arg-type]
+            return _NAMED[self.optimizer.lower()](parameters, **{"lr": rate, **self.params})
         made = self.optimizer(parameters)
         if not isinstance(made, torch.optim.Optimizer):
             raise ConfigError(f"The function given as optimizer returned {made!r}, not a torch.optim.Optimizer.")

@@ -170,8 +170,8 @@ class TrainParams(
     loss: "Param[Any]" = Param(
         Params._dummy(),
         "loss",
-        "a name of torch.nn.functional without '_loss' (cross_entropy, mse, ...), a torch loss module, or a function of "
-        "(output, label) that returns one value per row, or their mean. The mean over the global batch is minimised.",
+        "a name of torch.nn.functional without '_loss' (cross_entropy, mse, ...), a torch loss module, or a function "
+        "of (output, label) that returns one value per row or the mean. Their mean over the global batch is minimised.",
         _identity,
     )
     optimizer: "Param[Any]" = Param(
@@ -195,7 +195,7 @@ class TrainParams(
     weightCol: "Param[str]" = Param(
         Params._dummy(),
         "weightCol",
-        "weights of the rows, >= 0: the loss is the weighted mean over the global batch. Not set: every row counts once.",
+        "weights of the rows, >= 0: the loss is the weighted mean over the global batch. Not set: each counts once.",
         TypeConverters.toString,
     )
     validationIndicatorCol: "Param[str]" = Param(

@@ -100,8 +100,9 @@ class ModuleWriter(MLWriter):
 
 
 class ModuleReader(MLReader[Any]):
-    """Reads an instance. Pickles are opened only with ``option("allowPickle", "true")``, or the Spark conf
-    ``spark.sparkdl.allowPickle``.
+    """Reads an instance.
+
+    Pickles are opened only with ``option("allowPickle", "true")``, or the Spark conf ``spark.sparkdl.allowPickle``.
     """
 
     def __init__(self, cls: type) -> None:
@@ -156,8 +157,8 @@ class ModuleReader(MLReader[Any]):
         conf = spark.conf.get(_ALLOW_CONF, "false") or "false"
         if self._options.get("allowpickle", conf).lower() != "true":
             raise PersistenceError(
-                f"The {role} in {path} was saved as a pickle, and unpickling runs code from the file. If you trust it, load "
-                f'with .read().option("allowPickle", "true"), or set {_ALLOW_CONF}=true for stages of a pipeline.'
+                f"The {role} in {path} was saved as a pickle, and unpickling runs code from the file. If you trust it, "
+                f'load with .read().option("allowPickle", "true"), or set {_ALLOW_CONF}=true for stages of a pipeline.'
             )
 
 
@@ -169,8 +170,9 @@ def _describe(thing: Any, role: str) -> tuple[dict[str, Any], bytes | None]:
     path = path_of(thing)
     if path is None:
         raise PersistenceError(
-            f"The {role} {thing!r} cannot be imported by its name (it is a lambda, or defined in a notebook, a script or a "
-            'function). Define it in a Python file that can be imported, or save with .option("allowPickle", "true").'
+            f"The {role} {thing!r} cannot be imported by its name (it is a lambda, or defined in a notebook, a script "
+            "or a function). Define it in a Python file that can be imported, or save with "
+            '.option("allowPickle", "true").'
         )
     return {"import": path}, None
 

@@ -89,8 +89,8 @@ class Predictor:
             several = result if isinstance(result, tuple | list) else (result,)
             if len(several) != len(self.outputs.names):
                 raise ConfigError(
-                    f"The module returned {len(several)} outputs, but {len(self.outputs.names)} output columns are named: "
-                    f"{', '.join(self.outputs.names)}. Name one column per output with outputCols."
+                    f"The module returned {len(several)} outputs, but {len(self.outputs.names)} output columns are "
+                    "named. Name one column per output with outputCols."
                 )
             return [tensor.reshape(len(tensor), -1).cpu().numpy().astype(np.float32) for tensor in several]
         scores = result.cpu().double().numpy()
@@ -129,9 +129,11 @@ def raw_scores(scores: Array) -> Array:
 def probabilities(raw: Array, *, one_logit: bool) -> Array:
     """Softmax of the scores; for one logit z the sigmoid, as MLlib does for its margins."""
     if one_logit:
-        return 1.0 / (1.0 + np.exp(-np.clip(raw, -700, 700)))
+        sigmoid: Array = np.exp(-np.logaddexp(0.0, -raw))
+        return sigmoid
     shifted = np.exp(raw - raw.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
+    softmax: Array = shifted / shifted.sum(1, keepdims=True)
+    return softmax
 
 
 def decide(chance: Array, thresholds: Sequence[float] | None) -> Array:
@@ -140,14 +142,14 @@ def decide(chance: Array, thresholds: Sequence[float] | None) -> Array:
     A class with threshold 0 wins unless its probability is 0.
     """
     if thresholds is None:
-        return chance.argmax(1).astype(np.float64)
+        thresholds = (1.0,) * chance.shape[1]
     if len(thresholds) != chance.shape[1]:
-        raise ConfigError(
-            f"thresholds has {len(thresholds)} values, but the module has {chance.shape[1]} classes. Give one per class."
-        )
+        raise ConfigError(f"thresholds has {len(thresholds)} values for {chance.shape[1]} classes. Give one per class.")
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = chance / np.asarray(thresholds)
-    return np.where(np.isnan(scaled), -np.inf, scaled).argmax(1).astype(np.float64)
+    scaled[np.isnan(scaled)] = -np.inf
+    winner: Array = scaled.argmax(1).astype(np.float64)
+    return winner
 
 
 def is_one_logit(scores: Array) -> bool:

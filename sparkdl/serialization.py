@@ -209,8 +209,8 @@ class _Writer:
         if path is not None:
             return {"import": path}
         raise PersistenceError(
-            f"{where} is a {type(value).__name__}, which is no plain value and cannot be described. Keep plain values and "
-            'tensors in modules, or save with .option("allowPickle", "true").'
+            f"{where} is a {type(value).__name__}, which is no plain value and cannot be described. Keep plain values "
+            'and tensors in modules, or save with .option("allowPickle", "true").'
         )
 
 
@@ -222,7 +222,7 @@ class _Reader:
 
     def part(self, description: Mapping[str, Any]) -> nn.Module:
         if "same" in description:
-            return self._parts[description["same"]]
+            return self._parts[int(description["same"])]
         kind = resolve(description["class"], self._allowed)
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise PersistenceError(f"The file names {description['class']} as a module, but it is {kind!r}.")
@@ -272,7 +272,7 @@ class _Reader:
         }
         if kind not in builders:
             raise PersistenceError(
-                f"The file holds an attribute of unknown kind {kind!r}; was it written by a newer version?"
+                f"The file holds an attribute of unknown kind {kind!r}. Was it written by a newer version?"
             )
         return builders[kind](content)
 
@@ -282,7 +282,7 @@ class _Reader:
         trusted = (*_FUNCTIONS, *_allowed, *self._allowed)
         if not any(package == entry or package.startswith(f"{entry}.") for entry in trusted):
             raise PersistenceError(
-                f"The file asks for the function {path}, which is in none of the trusted packages ({', '.join(trusted)}). "
-                f"If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
+                f"The file asks for the function {path}, which is in none of the trusted packages "
+                f"({', '.join(trusted)}). If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
             )
         return resolve(path, trusted)
