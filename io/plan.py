@@ -133,7 +133,7 @@ def plan_windows(
         The windows of the epoch, in reading order; their rows sum up to the shard's.
     """
     shuffled = shuffle == "window"
-    order = _generator(seed, epoch, shard).permutation(len(pieces)) if shuffled else np.arange(len(pieces))
+    order = _generator(seed, epoch, shard, 0).permutation(len(pieces)) if shuffled else np.arange(len(pieces))
     windows: list[Window] = []
     group: list[int] = []
     offset = rows = 0
@@ -141,11 +141,11 @@ def plan_windows(
         group.append(number)
         rows += pieces[number].rows
         if rows >= window:
-            entropy = (seed, epoch, shard, len(windows)) if shuffled else None
+            entropy = (seed, epoch, shard, 1 + len(windows)) if shuffled else None
             windows.append(Window(offset, tuple(group), rows, entropy))
             group, offset, rows = [], offset + rows, 0
     if group:
-        entropy = (seed, epoch, shard, len(windows)) if shuffled else None
+        entropy = (seed, epoch, shard, 1 + len(windows)) if shuffled else None
         windows.append(Window(offset, tuple(group), rows, entropy))
     return tuple(windows)
 
@@ -244,8 +244,9 @@ def batch_row_ids(
         yield np.concatenate([ids[low:high] for ids, low, high in zip(order, begin, end, strict=True)])
 
 
-def _generator(*entropy: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    # As spawn key the numbers of the stream are kept apart from the seed, whatever its size; as entropy they are not.
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
 def _rows_before(positions: Int64, shard_rows: Int64) -> Int64:

@@ -55,7 +55,7 @@ def resolve_column(
     field: str,
     param: str,
     floating: str,
-    role: Literal["input", "target", "class", "weight", "validation"],
+    role: Literal["input", "target", "number", "class", "weight", "validation"],
 ) -> Column:
     """Check that a column exists and has a type that ``role`` can use. Starts no job.
 
@@ -65,7 +65,7 @@ def resolve_column(
         field: Its name in staged data.
         param: The Param that named it, for messages.
         floating: Name of the torch dtype of floating values (the module's).
-        role: What the column is for.
+        role: What the column is for: a "target" keeps integers as they are, a "number" is always floating.
 
     Raises:
         ConfigError: No such column, or a type that cannot be used.
@@ -94,14 +94,14 @@ def resolve_column(
     if isinstance(spark_type, VectorUDT):
         return Column(name, field, "vector", floating)
     if number:
-        integral = text in _INTEGRAL
+        integral = text in _INTEGRAL and role != "number"
         dtype = "int64" if integral else floating
-        return Column(name, field, "scalar", dtype, flat=integral or role == "target")
+        return Column(name, field, "scalar", dtype, flat=integral or role != "input")
     if isinstance(spark_type, T.ArrayType):
         element = spark_type.elementType.simpleString()
-        if element in ("float", "double"):
+        if element in ("float", "double") or (element in _INTEGRAL and role == "number"):
             return Column(name, field, "array", floating)
-        if element in _INTEGRAL:
+        if element in _INTEGRAL and role != "number":
             return Column(name, field, "array", "int64")
     raise ConfigError(f"{where}; use {_advice(spark_type)}.")
 

@@ -319,8 +319,8 @@ class TorchRegressor(_TorchTrainer[TorchRegressionModel], RegressorColumns):
 
     def _label_columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> list[Column]:
         name = self.getLabelCol()
-        column = resolve_column(dataset, name, field="label_0", param="labelCol", floating=floating, role="target")
-        return [column]
+        # Counts and ages are regressed on as numbers: an integer column is floating here.
+        return [resolve_column(dataset, name, field="label_0", param="labelCol", floating=floating, role="number")]
 
 
 @accessors

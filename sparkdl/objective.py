@@ -90,20 +90,14 @@ class Objective(nn.Module):
             ConfigError: Output and label do not fit the loss, or row weights meet a loss that returns a mean.
         """
         rows = len(labels[0])
-        label: Any = labels
-        if len(labels) == 1:
-            label = self._fitted(outputs, labels[0])
-        if self.binary and isinstance(outputs, Tensor) and _is_one_logit(outputs):
-            target = labels[0].to(outputs.dtype)
-            losses = nn.functional.binary_cross_entropy_with_logits(outputs.reshape(rows), target, reduction="none")
-        else:
-            try:
-                losses = self.loss(outputs, label)
-            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"The loss {_name(self.loss)} cannot take the module's output {_shape(outputs)} with labels "
-                    f"{_shape(label)}: {error}"
-                ) from error
+        scores, label = self._fitted(outputs, labels)
+        try:
+            losses = self.loss(scores, label)
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"The loss {_name(self.loss)} cannot take the module's output {_shape(outputs)} with labels "
+                f"{_shape(label)}: {error}"
+            ) from error
         if losses.ndim == 0:
             if weight is not None:
                 raise ConfigError(
@@ -144,29 +138,38 @@ class Objective(nn.Module):
             share = share.flatten(1).mean(1) if share.ndim > 1 else share
         return float((share if weight is None else share * weight.cpu()).sum())
 
-    def _fitted(self, outputs: Any, label: Tensor) -> Tensor:
-        """A label of shape (rows,) beside an output of shape (rows, 1): left alone they broadcast to (rows, rows)."""
-        if not isinstance(outputs, Tensor) or not label.is_floating_point():
-            return label
+    def _fitted(self, outputs: Any, labels: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        """Output and label in the shapes that the loss compares without broadcasting them to (rows, rows)."""
+        if len(labels) != 1 or not isinstance(outputs, Tensor):
+            return outputs, labels if len(labels) != 1 else labels[0]
+        label = labels[0]
+        compares_numbers = isinstance(self.loss, _TorchLoss) and not isinstance(self.loss, _CLASS_INDEX_LOSSES)
+        if self.binary and (outputs.ndim == 1 or outputs.shape[1:] == (1,)):
+            logit = outputs.reshape(-1)
+            if isinstance(self.loss, nn.CrossEntropyLoss):
+                # The softmax of (0, z) is the sigmoid of z: class weights and label smoothing keep their meaning.
+                return torch.stack([torch.zeros_like(logit), logit], 1), label
+            if compares_numbers:
+                return logit, label.to(logit.dtype)
+        if compares_numbers:
+            label = label.to(outputs.dtype)
+        if not label.is_floating_point():
+            return outputs, label
         if label.ndim + 1 == outputs.ndim and outputs.shape[-1] == 1:
-            return label[..., None]
-        if label.ndim == outputs.ndim + 1 and label.shape[-1] == 1:
-            return label[..., 0]
-        if label.shape != outputs.shape and isinstance(self.loss, _TorchLoss):
+            label = label[..., None]
+        elif label.ndim == outputs.ndim + 1 and label.shape[-1] == 1:
+            label = label[..., 0]
+        if label.shape != outputs.shape and compares_numbers:
             raise ConfigError(
                 f"The module's output has shape {tuple(outputs.shape)}, the label {tuple(label.shape)}; "
                 f"{_name(self.loss)} needs one output per target."
             )
-        return label
+        return outputs, label
 
 
 def wants_class_labels(loss: Callable[..., Tensor]) -> bool:
     """True where the loss takes class numbers (int64) as labels."""
     return isinstance(loss, _CLASS_INDEX_LOSSES)
-
-
-def _is_one_logit(outputs: Tensor) -> bool:
-    return outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
 
 
 def _name(loss: Any) -> str:

@@ -16,6 +16,8 @@ Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 # LBFGS calls a closure several times per step, SparseAdam takes sparse gradients only, Muon matrices only.
 _UNFIT = ("lbfgs", "sparseadam", "muon", "optimizer")
+# One kernel for all parameters instead of a dozen per parameter; torch chooses it by itself only on some devices.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)
 _NAMED: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): found
     for name, found in vars(torch.optim).items()
@@ -82,7 +84,11 @@ class OptimizerRecipe:
         """
         if isinstance(self.optimizer, str):
             rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
-            return _NAMED[self.optimizer.lower()](parameters, **{"lr": rate, **self.params})
+            kind = _NAMED[self.optimizer.lower()]
+            arguments = {"lr": rate, **self.params}
+            if kind in _FUSED and not arguments.keys() & {"foreach", "fused", "differentiable", "capturable"}:
+                arguments["fused"] = True
+            return kind(parameters, **arguments)
         made = self.optimizer(parameters)
         if not isinstance(made, torch.optim.Optimizer):
             raise ConfigError(f"The function given as optimizer returned {made!r}, not a torch.optim.Optimizer.")

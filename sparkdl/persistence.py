@@ -26,7 +26,7 @@ from sparkdl.serialization import (
     describe_module,
     dump_weights,
     path_of,
-    resolve,
+    resolve_function,
     restore_module,
 )
 from sparkdl.storage import open_file_system
@@ -144,7 +144,7 @@ class ModuleReader(MLReader[Any]):
                 weights = read_file(spark, f"{path.rstrip('/')}/{_weights_file(role)}")
                 objects[role] = restore_module(described["module"], weights)
             elif "import" in described:
-                objects[role] = resolve(described["import"])
+                objects[role] = resolve_function(described["import"])
             else:
                 objects[role] = described["value"]
         instance = self._cls()

@@ -16,13 +16,14 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparkdl.errors import PersistenceError
 
-__all__ = ["allow_modules", "describe_module", "dump_weights", "load_weights", "resolve", "restore_module"]
+__all__ = ["allow_modules", "describe_module", "dump_weights", "load_weights", "resolve_function", "restore_module"]
 
 _ALWAYS_ALLOWED = ("torch.nn",)
-_FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
+_FUNCTIONS = ("torch.nn", "torch.optim", "torch._C._nn")
 _allowed: set[str] = set()
 _MACHINERY = frozenset(nn.Module().__dict__)  # what every module has: parameters, hooks, ...
 _ALIASES = "aliases"
@@ -30,7 +31,7 @@ _ALIASES = "aliases"
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 def dump_weights(module: nn.Module) -> bytes:
-    """The state of a module as safetensors; tied weights are stored once.
+    """The state of a module as safetensors; tied weights are stored once, buffers outside the state_dict as well.
 
     Raises:
         PersistenceError: The module keeps extra state that is no tensor.
@@ -38,7 +39,9 @@ def dump_weights(module: nn.Module) -> bytes:
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
-    for name, value in module.state_dict(keep_vars=True).items():
+    state = module.state_dict(keep_vars=True)
+    # No constructor runs on loading, so what is registered with persistent=False must be stored too.
+    for name, value in {**dict(module.named_buffers(remove_duplicate=False)), **state}.items():
         if not isinstance(value, torch.Tensor):
             raise PersistenceError(
                 f"{type(module).__name__} keeps {name!r}, a {type(value).__name__}, in its state; only tensors are "
@@ -56,13 +59,21 @@ def load_weights(module: nn.Module, weights: bytes) -> None:
     """Give a module the weights of `dump_weights`.
 
     Raises:
-        PersistenceError: The weights are of another module.
+        PersistenceError: The weights are of another module, or damaged.
     """
-    tensors = safetensors.torch.load(weights)
-    header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    aliases = json.loads(header.get("__metadata__", {}).get(_ALIASES, "{}"))
     try:
-        module.load_state_dict({**tensors, **{name: tensors[first] for name, first in aliases.items()}})
+        tensors = safetensors.torch.load(weights)
+        header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+        aliases = json.loads(header.get("__metadata__", {}).get(_ALIASES, "{}"))
+        tensors.update({name: tensors[first] for name, first in aliases.items()})
+    except (safetensors.SafetensorError, ValueError, LookupError) as error:
+        raise PersistenceError(f"The weights cannot be read: {error}. Was the save completed?") from error
+    try:
+        state = module.state_dict()
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            if name not in state:
+                buffer.copy_(tensors.pop(name))
+        module.load_state_dict(tensors)
     except (RuntimeError, KeyError) as error:
         raise PersistenceError(f"The weights do not fit the module {type(module).__name__}: {error}") from error
 
@@ -89,7 +100,12 @@ def restore_module(description: Mapping[str, Any], weights: bytes, allowed: Sequ
     Raises:
         PersistenceError: A class that is not trusted or does not exist, or weights of another module.
     """
-    module = _Reader(allowed).part(description)
+    try:
+        module = _Reader(allowed).part(description)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, PersistenceError):
+            raise
+        raise PersistenceError(f"The description of the module is damaged: {error!r}.") from error
     load_weights(module, weights)
     return module
 
@@ -118,7 +134,28 @@ def resolve(path: str, allowed: Sequence[str] = ()) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise PersistenceError(f"The file asks for {path}, which does not exist here: {error}.") from error
+    if path_of(found) != path:
+        # Modules hold what they import: without this, torch.nn.functional would lead to torch, and that to os.
+        raise PersistenceError(f"The file asks for {path}, which is not defined there. The file is not to be trusted.")
     return found
+
+
+def resolve_function(path: str, allowed: Sequence[str] = ()) -> Any:
+    """What a file names to be called: torch's own functions, or those of packages that were allowed by name.
+
+    That a module happens to be imported is not enough here, as it is for the class of a module: ``os`` always is.
+
+    Raises:
+        PersistenceError: As `resolve`.
+    """
+    package = path.partition(":")[0]
+    trusted = (*_FUNCTIONS, *_allowed, *allowed)
+    if not any(package == entry or package.startswith(f"{entry}.") for entry in trusted):
+        raise PersistenceError(
+            f"The file asks for the function {path}, which is in none of the trusted packages "
+            f"({', '.join(trusted)}). If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
+        )
+    return resolve(path, trusted)
 
 
 def path_of(thing: Any) -> str | None:
@@ -150,6 +187,11 @@ class _Writer:
                 f"{where}: the class {type(module).__qualname__} cannot be imported by its name (it is defined in a "
                 "notebook, a script or a function). Move it to a Python file that can be imported, or save with "
                 '.option("allowPickle", "true").'
+            )
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise PersistenceError(
+                f"{where}: {type(module).__name__} has no shapes yet. Run the module once on an example, give the "
+                'sizes, or save with .option("allowPickle", "true").'
             )
         state = module.__getstate__() if hasattr(type(module), "__getstate__") else module.__dict__
         state = dict(state) if isinstance(state, dict) else dict(module.__dict__)
@@ -248,7 +290,7 @@ class _Reader:
     def _tensor(self, found: Mapping[str, Any], *, parameter: bool) -> torch.Tensor:
         if "same" in found:
             return self._tensors[found["same"]]
-        tensor = torch.zeros(found["shape"], dtype=getattr(torch, found["dtype"]))
+        tensor = torch.zeros(found["shape"], dtype=_dtype(found["dtype"]))
         if parameter:
             tensor = nn.Parameter(tensor, requires_grad=found["requires_grad"])
         self._tensors[found["name"]] = tensor
@@ -263,12 +305,12 @@ class _Reader:
         builders: dict[str, Callable[[Any], Any]] = {
             "float": float,
             "tensor": self._tensors.__getitem__,
-            "dtype": lambda name: getattr(torch, name),
+            "dtype": _dtype,
             "device": torch.device,
             "tuple": lambda entries: tuple(self._value(entry) for entry in entries),
             "set": lambda entries: {self._value(entry) for entry in entries},
             "dict": lambda entries: {key: self._value(entry) for key, entry in entries.items()},
-            "import": self._import,
+            "import": lambda path: resolve_function(path, self._allowed),
         }
         if kind not in builders:
             raise PersistenceError(
@@ -276,13 +318,9 @@ class _Reader:
             )
         return builders[kind](content)
 
-    def _import(self, path: str) -> Any:
-        """A function that is an attribute (an activation, say). It will be called: torch's own, or allowed by name."""
-        package = path.partition(":")[0]
-        trusted = (*_FUNCTIONS, *_allowed, *self._allowed)
-        if not any(package == entry or package.startswith(f"{entry}.") for entry in trusted):
-            raise PersistenceError(
-                f"The file asks for the function {path}, which is in none of the trusted packages "
-                f"({', '.join(trusted)}). If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
-            )
-        return resolve(path, trusted)
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise PersistenceError(f"The file asks for the dtype {name!r}, which torch does not have.")
+    return found

@@ -154,6 +154,6 @@ class Trainer:
         return tuple(summed.tolist())
 
 
-def _step_seed(*counters: int) -> int:
+def _step_seed(seed: int, *counters: int) -> int:
     """Seed of the random layers in one step, from counters alone, so that a resumed run draws the same numbers."""
-    return int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence(seed, spawn_key=counters).generate_state(1, np.uint64)[0])

@@ -26,10 +26,10 @@ PACKAGES = {
 
 # Top row first. A name covers the module and all modules below it.
 LAYERS = (
-    ("estimator", "model", "params"),
+    ("estimator", "model", "params", "persistence"),
     ("task", "predict"),
     ("trainer",),
-    ("parallel", "objective", "optimizer", "serialization", "metrics", "progress"),
+    ("parallel", "objective", "optimizer", "serialization", "progress"),
     ("barrier", "io"),
     ("errors", "config", "storage", "batch"),
 )
