@@ -8,12 +8,14 @@ fails a run: the driver then learns of failures from Spark alone, later and with
 import contextlib
 import json
 import logging
+import os
 import secrets
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
 from typing import Any
 
 __all__ = ["ChannelAddress", "RankChannel", "local_address", "open_channel"]
@@ -21,7 +23,8 @@ __all__ = ["ChannelAddress", "RankChannel", "local_address", "open_channel"]
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-_CONNECT_SECONDS = 5.0
+_HANDSHAKE_SECONDS = 5.0
+_BACKLOG = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,13 @@ def open_channel(host: str, on_event: Callable[[Event], None]) -> Iterator[Chann
     """
     secret = secrets.token_bytes(32)
     try:
-        listener = Listener((host, 0), authkey=secret)
+        listener = Listener((host, 0), backlog=_BACKLOG)  # the challenge follows in a thread of each connection
     except OSError as error:
         logger.warning("no progress from ranks: the driver cannot listen on %s (%s)", host, error)
         yield None
         return
     port = listener.address[1]
-    inbox = _Inbox(listener, on_event)
+    inbox = _Inbox(listener, secret, on_event)
     try:
         yield ChannelAddress(host, port, secret)
     finally:
@@ -67,10 +70,15 @@ def open_channel(host: str, on_event: Callable[[Event], None]) -> Iterator[Chann
 
 
 class _Inbox:
-    """One thread that accepts, one that reads; both end with `close`."""
+    """One thread that accepts, one that reads; both end with `close`.
 
-    def __init__(self, listener: Listener, on_event: Callable[[Event], None]) -> None:
+    A connection is read only after it has answered the challenge, which it does in a thread of its own: a stranger who
+    connects and stays silent holds up nobody.
+    """
+
+    def __init__(self, listener: Listener, secret: bytes, on_event: Callable[[Event], None]) -> None:
         self._listener = listener
+        self._secret = secret
         self._on_event = on_event
         self._connections: list[Connection] = []
         self._closing = threading.Event()
@@ -85,11 +93,20 @@ class _Inbox:
         while not self._closing.is_set():
             try:
                 connection = self._listener.accept()
-            except Exception as error:  # a stranger without the secret, or the listener was closed
-                logger.debug("refused a connection: %r", error)
-                if self._closing.wait(0.01):
-                    return
+            except OSError as error:
+                logger.debug("a connection was lost before it was accepted: %r", error)
                 continue
+            threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
+
+    def _welcome(self, connection: Connection) -> None:
+        try:
+            with _time_limit(connection, _HANDSHAKE_SECONDS):
+                deliver_challenge(connection, self._secret)
+                answer_challenge(connection, self._secret)
+        except Exception as error:  # whatever a stranger sends
+            logger.debug("refused a connection: %r", error)
+            connection.close()
+        else:
             self._connections.append(connection)
 
     def _read(self) -> None:
@@ -159,6 +176,28 @@ class RankChannel:
 
 
 def _connect(address: ChannelAddress) -> Connection:
-    # Client() has no timeout of its own: find out first, within seconds, whether the driver answers at all.
-    socket.create_connection((address.host, address.port), timeout=_CONNECT_SECONDS).close()
-    return Client((address.host, address.port), authkey=address.secret)
+    # Client() waits as long as the system lets it: find out first, within seconds, whether the driver answers at all.
+    socket.create_connection((address.host, address.port), timeout=_HANDSHAKE_SECONDS).close()
+    connection = Client((address.host, address.port))
+    try:
+        with _time_limit(connection, _HANDSHAKE_SECONDS):
+            answer_challenge(connection, address.secret)
+            deliver_challenge(connection, address.secret)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextlib.contextmanager
+def _time_limit(connection: Connection, seconds: float) -> Iterator[None]:
+    """Let reads from a connection fail after some seconds; connections have no time limit of their own."""
+
+    def limit(value: float) -> None:
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            timeval = struct.pack("ll", int(value), 0)
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+
+    limit(seconds)
+    yield
+    limit(0)

@@ -41,6 +41,18 @@ class Progress:
         if kind == "plan":
             self.plan = event
             self._steps = event["steps"]
+            logger.info(
+                "%d ranks on %s, %d torch threads each; batchSize %d = %d x %g; %d rows, %d shards, %d steps per epoch",
+                event["world_size"],
+                event["device"],
+                event["threads"],
+                event["batch_size"],
+                event["world_size"],
+                event["batch_size"] / event["world_size"],
+                event["rows"],
+                event["shards"],
+                event["steps"],
+            )
             if self._shown:
                 # None: no bar where the output is not a terminal.
                 self._bar = tqdm(total=event["epochs"] * event["steps"], unit="step", disable=None, dynamic_ncols=True)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import logging
 import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,8 +28,6 @@ from sparkdl.serialization import dump_weights
 from sparkdl.trainer import History, Trainer
 
 __all__ = ["RankResult", "run_rank"]
-
-logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
 
@@ -334,17 +331,18 @@ def _materialise(module: nn.Module, columns: Columns, facts: Facts) -> None:
 
 
 def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: int, data: RankData) -> None:
-    config, world = spec.config, rank.world
-    share = config.batch_size / world.world_size
-    logger.info(
-        "run %s: %d ranks on %s, %d torch threads each, batchSize %d = %d x %g, %d shards, %d steps per epoch",
-        spec.run_id, world.world_size, device, threads, config.batch_size, world.world_size, share,
-        spec.num_shards, data.plan.num_steps,
-    )  # fmt: skip
+    """Tell the driver what was chosen."""
     rank.channel.send(
-        "plan", steps=data.plan.num_steps, epochs=config.max_epochs, rows=data.plan.num_rows, device=str(device),
+        "plan",
+        epochs=spec.config.max_epochs,
+        steps=data.plan.num_steps,
+        rows=data.plan.num_rows,
+        shards=spec.num_shards,
+        batch_size=spec.config.batch_size,
+        world_size=rank.world.world_size,
+        device=str(device),
         threads=threads,
-    )  # fmt: skip
+    )
 
 
 def _reporter(rank: RankContext) -> Any:
