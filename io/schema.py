@@ -44,6 +44,7 @@ __all__ = [
 VALIDATION = "validation"
 Array = npt.NDArray[Any]
 _VALUES = b"sparkdl.values"  # Parquet field metadata: dtype of the values in a fixed-size binary cell
+_MOST_CLASSES = 1 << 31
 _INTEGRAL = ("tinyint", "smallint", "int", "bigint")
 _FLOATING = ("float", "double", "boolean")
 
@@ -186,6 +187,9 @@ def to_array(array: pa.Array, column: Column, batch: pa.RecordBatch | None = Non
         values = _rectangle(array, column, batch, width)
     else:
         values = _dense(array, column, batch, width)
+    if values.dtype.kind == "f" and dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what no float32 can hold becomes infinite, and is refused as such
+            values = values.astype(dtype, copy=False)
     _check_values(values, column, batch)
     return np.ascontiguousarray(values, dtype)
 
@@ -260,7 +264,8 @@ def _dense(array: pa.Array, column: Column, batch: pa.RecordBatch | None, width:
     position = np.arange(len(flat)) - starts  # the position within its row; right for dense rows
     position[of_sparse] = array.field("indices").flatten().to_numpy(zero_copy_only=False)
     out = np.zeros((rows, width), np.dtype(column.dtype))
-    out[np.repeat(np.arange(rows), lengths), position] = flat
+    with np.errstate(over="ignore"):
+        out[np.repeat(np.arange(rows), lengths), position] = flat
     return out
 
 
@@ -295,7 +300,7 @@ def _check_values(values: Array, column: Column, batch: pa.RecordBatch | None) -
                 f"{column.name!r} is negative in a row: {_show(batch, int(bad_rows[0]))}. Weights are >= 0."
             )
         return
-    bad_rows = np.flatnonzero((values != np.floor(values)) | (values < 0))
+    bad_rows = np.flatnonzero((values != np.floor(values)) | (values < 0) | (values >= _MOST_CLASSES))
     if len(bad_rows):
         row = int(bad_rows[0])
         raise DataError(

@@ -37,6 +37,7 @@ _NAMED: dict[str, type[nn.Module]] = {
 }
 _TorchLoss = nn.modules.loss._Loss  # the base of all torch losses
 _CLASS_INDEX_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+_INTEGER_TARGETS = (*_CLASS_INDEX_LOSSES, nn.MultiLabelMarginLoss)
 
 
 def loss_names() -> list[str]:
@@ -143,7 +144,7 @@ class Objective(nn.Module):
         if len(labels) != 1 or not isinstance(outputs, Tensor):
             return outputs, labels if len(labels) != 1 else labels[0]
         label = labels[0]
-        compares_numbers = isinstance(self.loss, _TorchLoss) and not isinstance(self.loss, _CLASS_INDEX_LOSSES)
+        compares_numbers = isinstance(self.loss, _TorchLoss) and not isinstance(self.loss, _INTEGER_TARGETS)
         if self.binary and (outputs.ndim == 1 or outputs.shape[1:] == (1,)):
             logit = outputs.reshape(-1)
             if isinstance(self.loss, nn.CrossEntropyLoss):

@@ -14,6 +14,7 @@ import pickle
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 from pyspark import cloudpickle
@@ -96,7 +97,7 @@ class ModuleWriter(MLWriter):
         # The defaults are the class's own; those of another version must not come back.
         DefaultParamsWriter.saveMetadata(instance, path, spark, extraMetadata=extra, paramMap=plain)
         for name, content in files.items():
-            write_file(spark, f"{path.rstrip('/')}/{name}", content)
+            write_file(spark, path, name, content)
 
 
 class ModuleReader(MLReader[Any]):
@@ -181,26 +182,31 @@ def _weights_file(role: str) -> str:
     return "weights.safetensors" if role == "module" else f"{role}.safetensors"
 
 
-def write_file(spark: "SparkSession", path: str, content: bytes) -> None:
-    """Write a small file through Spark's file systems."""
+def write_file(spark: "SparkSession", directory: str, name: str, content: bytes) -> None:
+    """Write a small file through Spark's file systems, beside the metadata that Spark has just written there."""
+    # Only Spark knows what a path without scheme, or a relative one, means to it.
+    metadata = spark.read.text(f"{directory.rstrip('/')}/metadata").inputFiles()[0]
+    path = f"{unquote(metadata).rsplit('/', 2)[0]}/{name}"
     with tempfile.TemporaryDirectory(prefix="sparkdl-") as folder:
-        local = os.path.join(folder, "file")
+        local = os.path.join(folder, name)
         with open(local, "wb") as file:
             file.write(content)
         if hasattr(spark, "_jsparkSession"):
-            utility = getattr(spark.sparkContext._gateway.jvm, "org.apache.spark.ml.python.MLUtil")  # type: ignore[union-attr]
-            utility.copyFileFromLocalToFs(local, path)
+            hadoop = spark._jvm.org.apache.hadoop.fs  # type: ignore[union-attr]
+            target = hadoop.Path(path)
+            file_system = target.getFileSystem(spark._jsparkSession.sessionState().newHadoopConf())
+            file_system.copyFromLocalFile(False, True, hadoop.Path(local), target)
             return
-        try:
-            # The server resolves a path without a scheme against its default file system.
-            spark.copyFromLocalToFs(local, path.removeprefix("file://").removeprefix("file:"))
-        except Exception as error:
-            if "local file system destination" not in str(error):
-                raise
-            # The server keeps clients off its own disk, but not off that of its executors, where Spark's own
-            # writers put a local path as well.
-            source = spark.createDataFrame([(content,)], "content binary")
-            source.mapInArrow(functools.partial(_write_local, path), "written int").toArrow()
+        if ":" not in directory:
+            try:  # the server's default file system, which is all that a Connect client can copy to
+                spark.copyFromLocalToFs(local, urlparse(path).path)
+                return
+            except Exception as error:
+                if "local file system destination" not in str(error):
+                    raise
+    # A server keeps its clients off its own disk. Its executors write there, as Spark's own writers do.
+    source = spark.createDataFrame([(content,)], "content binary")
+    source.mapInArrow(functools.partial(_write_local, path), "written int").toArrow()
 
 
 def _write_local(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

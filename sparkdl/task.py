@@ -154,6 +154,7 @@ def run_rank(
                 report=_reporter(rank),
             )
             history = trainer.fit(data)
+            strategy.close()
         result = RankResult(
             history=history,
             weights=dump_weights(strategy.module) if rank.world.rank == 0 else b"",

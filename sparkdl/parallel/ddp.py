@@ -52,6 +52,15 @@ class DataParallel:
         self._optimizer.step()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
+    def close(self) -> None:
+        """Let go of the process group while others still hold it.
+
+        DDP's reducer frees the group with the GIL held, which joins gloo's threads, which may be waiting for the GIL:
+        as the last owner it would hang the rank for ever.
+        """
+        self._step.reducer = self._step.logger = None
+        del self._step
+
     @property
     def module(self) -> nn.Module:
         """The module with its current weights."""

@@ -33,6 +33,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of the process group; called before the rank leaves it."""
+        ...
+
     @property
     def module(self) -> nn.Module:
         """The module with its current weights."""

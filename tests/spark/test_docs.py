@@ -1,0 +1,35 @@
+"""The pages execute: what README and guide show is what happens."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from scripts.parameters import PAGE, page
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(
+    name: str, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # pages save into build/
+    blocks = BLOCK.findall((ROOT / name).read_text())
+    assert blocks
+    # As a script or a notebook would: its classes are those of __main__, which executors get by value.
+    scope = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, name, "exec"), scope)
+
+
+def test_the_readme_example_is_fifteen_lines() -> None:
+    (block,) = BLOCK.findall((ROOT / "README.md").read_text())
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
+
+
+def test_the_page_of_parameters_is_made_from_the_params() -> None:
+    assert PAGE.read_text() == page(), "run: python scripts/parameters.py"
