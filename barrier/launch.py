@@ -11,12 +11,13 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pyspark import cloudpickle
+from pyspark import cloudpickle, inheritable_thread_target
 
 from sparkdl.barrier.channel import ChannelAddress, Event, local_address, open_channel
 from sparkdl.barrier.context import FAILURE_NOTE, RankContext
@@ -109,27 +110,47 @@ def launch_stage(
             on_event(event)
 
     failed: Exception | None = None
-    spark.addTag(run_id)
-    try:
-        with open_channel(_driver_host(spark), receive) as channel:
-            task = functools.partial(_run_task, dumps(body, "the function"), run_id, world_size, channel)
-            try:
-                table = source.mapInArrow(task, _RESULT_SCHEMA, barrier=True).toArrow()
-            except Exception as error:
-                if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
-                    raise
-                failed = error
-            except BaseException:
-                spark.interruptTag(run_id)  # Ctrl-C must not leave the ranks training
+    with open_channel(_driver_host(spark), receive) as channel:
+        task = functools.partial(_run_task, dumps(body, "the function"), run_id, world_size, channel)
+        try:
+            table = _collect(source.mapInArrow(task, _RESULT_SCHEMA, barrier=True), tag=run_id)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
                 raise
-    finally:
-        spark.removeTag(run_id)
+            failed = error
     if failed is not None:
         raise _first_cause(failed, failures) from None
     results: list[list[bytes]] = [[] for _ in range(world_size)]
     for row in table.sort_by([("rank", "ascending"), ("part", "ascending")]).to_pylist():
         results[row["rank"]].append(row["payload"])
     return results
+
+
+def _collect(job: "DataFrame", *, tag: str) -> pa.Table:
+    """`DataFrame.toArrow` that Ctrl-C stops at once: Spark's own waits for the end of the job even then."""
+    spark = job.sparkSession
+    done: Future[pa.Table] = Future()
+
+    def collect() -> None:
+        try:
+            spark.addTag(tag)
+            done.set_result(job.toArrow())
+        except BaseException as error:
+            done.set_exception(error)
+
+    inherit = inheritable_thread_target(spark)
+    # With PYSPARK_PIN_THREAD off there is nothing to inherit, and Spark returns the session itself.
+    target = inherit(collect) if callable(inherit) else collect
+    thread = threading.Thread(target=target, name="sparkdl-stage", daemon=True)
+    thread.start()
+    try:
+        while not done.done():
+            thread.join(timeout=0.2)
+    except BaseException:
+        spark.interruptTag(tag)
+        raise
+    thread.join()
+    return done.result()
 
 
 def new_run_id() -> str:

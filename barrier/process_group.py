@@ -5,6 +5,7 @@ run, neither `abort` nor `destroy_process_group` wakes the others, only the deat
 """
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -85,6 +86,7 @@ def process_group(
             device_id=device if device.type == "cuda" else None,
         )
         yield
+        gc.collect()  # a user's own DDP in a cycle must not outlive the group either, see DataParallel.close
         dist.barrier()  # rank 0 holds the store: it must not leave while others still read it
         dist.destroy_process_group()
 

@@ -27,6 +27,7 @@ __all__ = ["PlannedReader"]
 
 Decode = Callable[[pa.Table], Any]
 _VENTILATION_SECONDS = 0.001
+_OPEN_FILES = 16  # per thread
 
 
 class PlannedReader(Reader):
@@ -68,7 +69,7 @@ class PlannedReader(Reader):
         self._waiting: dict[int, Any] = {}
         self._delivered = 0
         self._results_queue_reader = _InOrder(self)
-        self._workers_pool = ThreadPool(threads, results_queue_size=ahead)
+        self._workers_pool = ThreadPool(threads, results_queue_size=0)  # bounded by the ventilator
         items = [{"number": number, "piece": piece} for number, piece in enumerate(self._pieces)]
         self.ventilator = _InOrderVentilator(
             self._workers_pool.ventilate,
@@ -108,9 +109,10 @@ class PlannedReader(Reader):
                     "ones had arrived). This is a defect of the reader; the epoch was not completed."
                 ) from None
             self._waiting[done] = result
-        result = self._waiting.pop(number)
-        if isinstance(result, Exception):
+        result = self._waiting[number]
+        if isinstance(result, BaseException):
             raise result
+        del self._waiting[number]
         self._delivered += 1
         self.ventilator.delivered()
         return result
@@ -134,8 +136,17 @@ class _InOrderVentilator(ConcurrentVentilator):
     Petastorm's count would let the buffer of results that wait for their turn grow without bound behind a slow piece.
     """
 
+    _processed = 0
+
     def processed_item(self) -> None:
-        """Called by the pool; see `delivered`."""
+        """Called by the pool in the reader's own thread, after it took out what the piece gave; see `delivered`.
+
+        Raises:
+            EmptyResultError: All pieces that there is room for are done, and still the reader waits for one of them.
+        """
+        self._processed += 1
+        if self._processed - self._processed_items_count >= self._max_ventilation_queue_size:
+            raise EmptyResultError
 
     def delivered(self) -> None:
         """Make room for one more piece."""
@@ -158,32 +169,35 @@ class _PieceWorker(WorkerBase):
                 f"Row group {group.index} of {group.path} cannot be read: {error}. The file was changed, cut short or "
                 "removed after it was staged; fit again."
             )
-        except Exception as error:
+        except BaseException as error:  # a thread that dies silently would leave the reader waiting
             result = error
         self.publish_func((number, result))
 
 
 class _OpenFiles:
-    """Parquet files that the reader threads hold open: one handle per thread and file."""
+    """Parquet files that the reader threads hold open: of each thread, the few that it used last."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: dict[tuple[int, str], pq.ParquetFile] = {}
+        self._threads: dict[int, dict[str, pq.ParquetFile]] = {}
 
     def get(self, path: str) -> pq.ParquetFile:
-        key = (threading.get_ident(), path)
-        found = self._open.get(key)
+        mine = self._threads.setdefault(threading.get_ident(), {})
+        found = mine.pop(path, None)
         if found is None:
+            if len(mine) >= _OPEN_FILES:
+                mine.pop(next(iter(mine))).close(force=True)
             file_system, inner = open_file_system(path)
+            # Only a spool file, which nobody else can reach, is mapped: reading behind the end of a file that was cut
+            # short while it is mapped ends the process with SIGBUS.
             local = file_system.type_name == "local"
             source = inner if local else file_system.open_input_file(inner)
-            found = pq.ParquetFile(source, memory_map=local)
-            with self._lock:
-                self._open[key] = found
+            found = pq.ParquetFile(source, memory_map=inner.startswith("/dev/fd/"))
+        mine[path] = found
         return found
 
     def close(self) -> None:
-        with self._lock:
-            for file in self._open.values():
+        """Close all; the threads have ended."""
+        for files in self._threads.values():
+            for file in files.values():
                 file.close(force=True)
-            self._open.clear()
+        self._threads.clear()

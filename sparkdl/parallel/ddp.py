@@ -58,7 +58,7 @@ class DataParallel:
         DDP's reducer frees the group with the GIL held, which joins gloo's threads, which may be waiting for the GIL:
         as the last owner it would hang the rank for ever.
         """
-        self._step.reducer = self._step.logger = None
+        del self._step.reducer, self._step.logger
         del self._step
 
     @property
