@@ -15,7 +15,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from typing import Any
 
 __all__ = ["ChannelAddress", "RankChannel", "local_address", "open_channel"]
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 Event = dict[str, Any]
 _HANDSHAKE_SECONDS = 5.0
 _BACKLOG = 128
+_MOST_BYTES = 16 << 20  # of one event
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,90 +56,128 @@ def open_channel(host: str, on_event: Callable[[Event], None]) -> Iterator[Chann
         The address for the ranks; None where the driver cannot listen on ``host``.
     """
     secret = secrets.token_bytes(32)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = Listener((host, 0), backlog=_BACKLOG)  # the challenge follows in a thread of each connection
+        listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
     except OSError as error:
         logger.warning("no progress from ranks: the driver cannot listen on %s (%s)", host, error)
         yield None
         return
-    port = listener.address[1]
     inbox = _Inbox(listener, secret, on_event)
     try:
-        yield ChannelAddress(host, port, secret)
+        yield ChannelAddress(host, listener.getsockname()[1], secret)
     finally:
         inbox.close()
 
 
 class _Inbox:
-    """One thread that accepts, one that reads; both end with `close`.
+    """One thread that accepts, one that reads, and a short-lived one for every connection's handshake.
 
-    A connection is read only after it has answered the challenge, which it does in a thread of its own: a stranger who
-    connects and stays silent holds up nobody.
+    A connection is read only after it has answered the challenge, so a stranger who connects and stays silent holds up
+    nobody.
     """
 
-    def __init__(self, listener: Listener, secret: bytes, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, listener: socket.socket, secret: bytes, on_event: Callable[[Event], None]) -> None:
         self._listener = listener
         self._secret = secret
         self._on_event = on_event
+        self._lock = threading.Lock()
+        self._pending: dict[Connection, threading.Thread] = {}
         self._connections: list[Connection] = []
         self._closing = threading.Event()
-        self._threads = [
-            threading.Thread(target=target, name=f"sparkdl-channel-{target.__name__}", daemon=True)
-            for target in (self._accept, self._read)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [self._started(self._accept), self._started(self._read)]
+
+    def _started(self, target: Callable[..., None], *args: Any) -> threading.Thread:
+        name = f"sparkdl-channel-{target.__name__.strip('_')}"
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _accept(self) -> None:
         while not self._closing.is_set():
             try:
-                connection = self._listener.accept()
+                line, _ = self._listener.accept()
             except OSError as error:
                 logger.debug("a connection was lost before it was accepted: %r", error)
                 continue
-            threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
+            connection = Connection(line.detach())
+            with self._lock:
+                self._pending[connection] = self._started(self._welcome, connection)
 
     def _welcome(self, connection: Connection) -> None:
         try:
             with _time_limit(connection, _HANDSHAKE_SECONDS):
                 deliver_challenge(connection, self._secret)
                 answer_challenge(connection, self._secret)
+            welcome = True
         except Exception as error:  # whatever a stranger sends
             logger.debug("refused a connection: %r", error)
-            connection.close()
-        else:
-            self._connections.append(connection)
+            welcome = False
+        with self._lock:
+            self._pending.pop(connection, None)
+            if welcome:
+                self._connections.append(connection)
+            else:
+                connection.close()
 
     def _read(self) -> None:
         while True:
             closing = self._closing.is_set()
-            ready = wait(list(self._connections), timeout=0 if closing else 0.1)
-            if not self._connections:
+            with self._lock:
+                open_now = list(self._connections)
+            ready = wait(open_now, timeout=0 if closing else 0.1)
+            if not open_now:
                 self._closing.wait(0.1)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 try:
-                    event = json.loads(connection.recv_bytes())
-                except (EOFError, OSError, ValueError):
-                    self._connections.remove(connection)
+                    self._take(connection.recv_bytes(_MOST_BYTES))
+                except (EOFError, OSError):
+                    with self._lock:
+                        self._connections.remove(connection)
                     connection.close()
-                    continue
-                try:
-                    self._on_event(event)
-                except Exception:
-                    logger.exception("an event of rank %s could not be shown", event.get("rank"))
             if closing and not ready:
                 return
 
+    def _take(self, message: bytes) -> None:
+        try:
+            event = json.loads(message)
+            if isinstance(event, dict):
+                self._on_event(event)
+        except Exception:
+            logger.exception("an event could not be shown: %.200r", message)
+
     def close(self) -> None:
+        """Hear what ranks have sent so far, then close every line and end every thread."""
+        with self._lock:
+            welcomes = list(self._pending.values())
+            for connection in self._pending:
+                if self._idle(connection):
+                    _hang_up(connection)
+        for thread in welcomes:
+            thread.join(timeout=2 * _HANDSHAKE_SECONDS)
         self._closing.set()
-        with contextlib.suppress(OSError):  # wake accept()
-            socket.create_connection(self._listener.address, timeout=1).close()
+        with contextlib.suppress(OSError):  # wakes accept()
+            socket.create_connection(self._listener.getsockname()[:2], timeout=1).close()
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(timeout=2 * _HANDSHAKE_SECONDS)
         self._listener.close()
+        with self._lock:
+            late = list(self._pending.items())
+        for connection, _ in late:
+            _hang_up(connection)
+        for _, thread in late:
+            thread.join(timeout=2 * _HANDSHAKE_SECONDS)
         for connection in self._connections:
             connection.close()
+
+    @staticmethod
+    def _idle(connection: Connection) -> bool:
+        """True where the other side has not begun to answer the challenge."""
+        try:
+            return not connection.poll(0.1)
+        except OSError:
+            return True
 
 
 class RankChannel:
@@ -176,9 +215,9 @@ class RankChannel:
 
 
 def _connect(address: ChannelAddress) -> Connection:
-    # Client() waits as long as the system lets it: find out first, within seconds, whether the driver answers at all.
-    socket.create_connection((address.host, address.port), timeout=_HANDSHAKE_SECONDS).close()
-    connection = Client((address.host, address.port))
+    line = socket.create_connection((address.host, address.port), timeout=_HANDSHAKE_SECONDS)
+    line.setblocking(True)
+    connection = Connection(line.detach())
     try:
         with _time_limit(connection, _HANDSHAKE_SECONDS):
             answer_challenge(connection, address.secret)
@@ -187,6 +226,12 @@ def _connect(address: ChannelAddress) -> Connection:
         connection.close()
         raise
     return connection
+
+
+def _hang_up(connection: Connection) -> None:
+    """End whatever another thread is waiting for on this connection."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 RankBody = Callable[[RankContext, Iterator[pa.RecordBatch]], Iterable[bytes]]
 _CHUNK_BYTES = 4 << 20
 _JAVA_REASON = re.compile(r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$", re.MULTILINE)
+_SAYS_NOTHING = ("awaitResult", "failed barrier ResultStage")
 _RESULT_SCHEMA = "rank int, part int, payload binary"
 
 
@@ -138,10 +139,7 @@ def _collect(job: "DataFrame", *, tag: str) -> pa.Table:
         except BaseException as error:
             done.set_exception(error)
 
-    inherit = inheritable_thread_target(spark)
-    # With PYSPARK_PIN_THREAD off there is nothing to inherit, and Spark returns the session itself.
-    target = inherit(collect) if callable(inherit) else collect
-    thread = threading.Thread(target=target, name="sparkdl-stage", daemon=True)
+    thread = threading.Thread(target=inheritable_thread_target(spark)(collect), name="sparkdl-stage", daemon=True)
     thread.start()
     try:
         while not done.done():
@@ -258,7 +256,7 @@ def _first_cause(error: Exception, failures: dict[int, Failure]) -> SparkdlError
             known.setdefault(failure.rank, failure)
     if any(not failure.consequence for failure in known.values()):
         return error_of(known)
-    reasons = [match for match in _JAVA_REASON.findall(text) if "awaitResult" not in match]
+    reasons = [match for match in _JAVA_REASON.findall(text) if not any(words in match for words in _SAYS_NOTHING)]
     reason = reasons[0] if reasons else text.strip().partition("\n")[0]
     silent = "exited unexpectedly" in text or "ExecutorLost" in text or bool(known)
     lead = "A rank's process died without a word (killed, or out of memory?). " if silent else ""

@@ -73,7 +73,7 @@ def agree(entry: Entry, all_gather: Callable[[str], Sequence[str]]) -> tuple[Ent
     failures = {other.rank: other.failure for other in entries if other.failure is not None}
     if failures:
         raise error_of(failures)
-    for name in entry.versions:
+    for name in dict.fromkeys(name for other in entries for name in other.versions):
         _check_equal(name, [other.versions.get(name, "missing") for other in entries], entries)
     _check_equal("plan", [other.fingerprint for other in entries], entries)
     return entries
@@ -105,12 +105,12 @@ def bind_store(address: str) -> socket.socket:
 
 
 def _decode(message: str) -> Entry:
-    values = json.loads(message)
-    failure = values.pop("failure")
-    store = values.pop("store")
+    # A rank of a newer version may have more to say; that its version differs is what must be told then.
+    values = {name: value for name, value in json.loads(message).items() if name in Entry.__slots__}
+    failure, store = values.pop("failure", None), values.pop("store", None)
     return Entry(
         **values,
-        failure=Failure(**failure) if failure else None,
+        failure=Failure(**{name: failure[name] for name in Failure.__slots__}) if failure else None,
         store=(store[0], store[1]) if store else None,
     )
 

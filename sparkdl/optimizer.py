@@ -54,7 +54,7 @@ class OptimizerRecipe:
             extra = [
                 name
                 for name, value in (("learningRate", self.learning_rate), ("optimizerParams", self.params))
-                if value
+                if value is not None and value != {}
             ]
             if extra:
                 raise ConfigError(
@@ -69,6 +69,11 @@ class OptimizerRecipe:
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"learningRate={self.learning_rate} does not learn. Use a number above 0.")
+        if self.learning_rate is not None and "lr" in self.params:
+            raise ConfigError(
+                f"learningRate={self.learning_rate} and optimizerParams={dict(self.params)!r}, with 'lr', are both "
+                "set. Set one."
+            )
         try:
             self.build([nn.Parameter(torch.zeros(1))])
         except (TypeError, ValueError) as error:
