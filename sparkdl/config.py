@@ -87,8 +87,8 @@ class TrainConfig:
     where there are enough, else the CPU. Never an index: Spark says which."""
 
     staging_dir: str | None = None
-    """Directory, reachable from all executors, where the training rows are written to Parquet once and read from by
-    every rank; it is removed after the fit. None: every rank spools its own rows to its local disk."""
+    """Absolute path or URL of a directory that all executors reach. The rows are written there to Parquet once and read
+    by every rank; what was written is removed after the fit. None: every rank spools its own rows to its local disk."""
 
     verbose: bool = True
     """Show a progress bar on the driver."""

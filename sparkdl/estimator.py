@@ -412,6 +412,12 @@ def _check_config(config: TrainConfig) -> None:
     for name, known in _CHOICES.items():
         if getattr(config, name) not in known:
             raise ConfigError(f"{name}={getattr(config, name)!r} is not known. Use one of {', '.join(known)}.")
+    staging = config.staging_dir
+    if staging is not None and not staging.startswith("/") and ":" not in staging:
+        raise ConfigError(
+            f"stagingDir={staging!r} is relative, but every executor has a working directory of its own. Use an absolute "
+            "path or a URL that all executors reach."
+        )
     shards = config.num_shards or config.num_train_workers
     if shards < config.num_train_workers:
         raise ConfigError(
