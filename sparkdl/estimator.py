@@ -415,8 +415,8 @@ def _check_config(config: TrainConfig) -> None:
     staging = config.staging_dir
     if staging is not None and not staging.startswith("/") and ":" not in staging:
         raise ConfigError(
-            f"stagingDir={staging!r} is relative, but every executor has a working directory of its own. Use an absolute "
-            "path or a URL that all executors reach."
+            f"stagingDir={staging!r} is relative, but every executor has a working directory of its own. Use an "
+            "absolute path or a URL that all executors reach."
         )
     shards = config.num_shards or config.num_train_workers
     if shards < config.num_train_workers:
