@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ __all__ = ["RankContext"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _LINGER_SECONDS = 2.0
 FAILURE_NOTE = "sparkdl failure: "
 
@@ -83,30 +84,30 @@ class RankContext:
         peer = next(host for host in self.world.hosts if host != self.world.hosts[self.world.rank])
         return local_address(peer)
 
-    def agree(self, prepare: Callable[[], tuple[str, dict[str, Any]]]) -> tuple[Entry, ...]:
+    def agree(self, prepare: Callable[[], tuple[str, dict[str, Any], T]]) -> tuple[tuple[Entry, ...], T]:
         """Do what may fail alone, then meet the others once.
 
         Args:
-            prepare: Returns this rank's fingerprint and the facts that the others need.
+            prepare: Returns this rank's fingerprint, the facts that the others need, and what the rank goes on with.
 
         Returns:
-            The entries of all ranks, in rank order.
+            The entries of all ranks, in rank order; and what the rank goes on with.
 
         Raises:
             SparkdlError: On every rank the same, where ``prepare`` failed on any of them or the ranks differ.
         """
         rank, host = self.world.rank, self.world.hosts[self.world.rank]
         try:
-            fingerprint, facts = prepare()
+            fingerprint, facts, ready = prepare()
             if rank == 0:
                 self._listener = bind_store(self.address)
             store = (self.address, self._listener.getsockname()[1]) if self._listener else None
             entry = Entry(rank, host, find_versions(), fingerprint=fingerprint, facts=facts, store=store)
         except Exception as error:
             entry = Entry(rank, host, find_versions(), failure=self.failure(error))
-        entries = agree(entry, self.all_gather)
+        entries = agree(entry, self.all_gather)  # raises where this rank's entry is a failure
         self._store = entries[0].store
-        return entries
+        return entries, ready
 
     @contextlib.contextmanager
     def process_group(

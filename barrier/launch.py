@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RankBody = Callable[[RankContext, Iterator[pa.RecordBatch]], Iterable[bytes]]
 _CHUNK_BYTES = 4 << 20
+_GRACE_SECONDS = 3.0
 _JAVA_REASON = re.compile(r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$", re.MULTILINE)
 _SAYS_NOTHING = ("awaitResult", "failed barrier ResultStage")
 _RESULT_SCHEMA = "rank int, part int, payload binary"
@@ -100,13 +101,14 @@ def launch_stage(
     """
     spark = source.sparkSession
     failures: dict[int, Failure] = {}
-    lock = threading.Lock()
+    cause_known = threading.Event()
 
     def receive(event: Event) -> None:
         if event["event"] == "failure":
-            values = {name: event[name] for name in Failure.__slots__}
-            with lock:
-                failures.setdefault(event["rank"], Failure(**values))
+            failure = Failure(**{name: event[name] for name in Failure.__slots__})
+            failures.setdefault(failure.rank, failure)
+            if not failure.consequence:
+                cause_known.set()
         elif on_event is not None:
             on_event(event)
 
@@ -114,11 +116,12 @@ def launch_stage(
     with open_channel(_driver_host(spark), receive) as channel:
         task = functools.partial(_run_task, dumps(body, "the function"), run_id, world_size, channel)
         try:
-            table = _collect(source.mapInArrow(task, _RESULT_SCHEMA, barrier=True), tag=run_id)
+            table = _collect(source.mapInArrow(task, _RESULT_SCHEMA, barrier=True), tag=run_id, give_up=cause_known)
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
                 raise
             failed = error
+    # The channel is closed: what ranks had sent is in.
     if failed is not None:
         raise _first_cause(failed, failures) from None
     results: list[list[bytes]] = [[] for _ in range(world_size)]
@@ -127,8 +130,12 @@ def launch_stage(
     return results
 
 
-def _collect(job: "DataFrame", *, tag: str) -> pa.Table:
-    """`DataFrame.toArrow` that Ctrl-C stops at once: Spark's own waits for the end of the job even then."""
+def _collect(job: "DataFrame", *, tag: str, give_up: threading.Event) -> pa.Table:
+    """`DataFrame.toArrow` that Ctrl-C stops at once: Spark's own waits for the end of the job even then.
+
+    Once ``give_up`` is set, the job has some seconds to end by itself: Spark hears of a failed task only when its
+    Python process is gone, which may take long.
+    """
     spark = job.sparkSession
     done: Future[pa.Table] = Future()
 
@@ -142,8 +149,11 @@ def _collect(job: "DataFrame", *, tag: str) -> pa.Table:
     thread = threading.Thread(target=inheritable_thread_target(spark)(collect), name="sparkdl-stage", daemon=True)
     thread.start()
     try:
-        while not done.done():
+        while not done.done() and not give_up.is_set():
             thread.join(timeout=0.2)
+        thread.join(timeout=_GRACE_SECONDS)
+        if not done.done():
+            spark.interruptTag(tag)
     except BaseException:
         spark.interruptTag(tag)
         raise
@@ -210,7 +220,7 @@ def _run_function(payload: bytes, rank: RankContext, batches: Iterator[pa.Record
 
     for _ in batches:  # the source is a row of its own number
         pass
-    rank.agree(lambda: ("", {}))
+    rank.agree(lambda: ("", {}, None))
     device = select_device(
         "auto",
         gpu_addresses=rank.gpu_addresses,

@@ -58,7 +58,15 @@ def build_loss(loss: Loss) -> Callable[..., Tensor]:
         return known()
     if isinstance(loss, type) or not callable(loss):
         raise ConfigError(f"loss={loss!r} cannot be called with (output, label). Pass an instance, not a class.")
-    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
+    if not isinstance(loss, nn.Module):
+        return loss
+    try:
+        return copy.deepcopy(loss)
+    except Exception as error:
+        raise ConfigError(
+            f"The loss {type(loss).__name__} cannot be copied: {error}. It must be picklable to travel to the "
+            "executors; keep locks, sockets and open files out of it."
+        ) from error
 
 
 class Objective(nn.Module):
@@ -92,13 +100,7 @@ class Objective(nn.Module):
         """
         rows = len(labels[0])
         scores, label = self._fitted(outputs, labels)
-        try:
-            losses = self.loss(scores, label)
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"The loss {_name(self.loss)} cannot take the module's output {_shape(outputs)} with labels "
-                f"{_shape(label)}: {error}"
-            ) from error
+        losses = self.loss(scores, label)
         if losses.ndim == 0:
             if weight is not None:
                 raise ConfigError(
@@ -113,6 +115,24 @@ class Objective(nn.Module):
             )
         per_row = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         return (per_row if weight is None else per_row * weight).sum()
+
+    def try_on(self, outputs: Any, labels: tuple[Tensor, ...], weight: Tensor | None) -> Tensor:
+        """As `forward`, for the first rows: whatever the loss raises then is about shapes and types, and is shown so.
+
+        Raises:
+            ConfigError: The loss cannot take output and label.
+        """
+        try:
+            loss: Tensor = self(outputs, labels, weight)
+        except ConfigError:
+            raise
+        except Exception as error:
+            shown = labels[0] if len(labels) == 1 else labels
+            raise ConfigError(
+                f"The loss {_name(self.loss)} cannot take the module's output {_shape(outputs)} with labels "
+                f"{_shape(shown)}: {error}"
+            ) from error
+        return loss
 
     @property
     def counts_rows(self) -> bool:

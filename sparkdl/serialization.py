@@ -9,8 +9,10 @@ make Python import anything else.
 import contextlib
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
 import safetensors.torch
@@ -23,9 +25,10 @@ from sparkdl.errors import PersistenceError
 __all__ = ["allow_modules", "describe_module", "dump_weights", "load_weights", "resolve_function", "restore_module"]
 
 _ALWAYS_ALLOWED = ("torch.nn",)
-_FUNCTIONS = ("torch.nn", "torch.optim", "torch._C._nn")
+_FUNCTION_HOMES = ("torch.nn.functional", "torch._C._nn")
 _allowed: set[str] = set()
 _MACHINERY = frozenset(nn.Module().__dict__)  # what every module has: parameters, hooks, ...
+_SEQUENCES: tuple[Callable[..., Any], ...] = (tuple, set, frozenset, torch.Size)
 _ALIASES = "aliases"
 
 
@@ -72,7 +75,10 @@ def load_weights(module: nn.Module, weights: bytes) -> None:
         state = module.state_dict()
         for name, buffer in module.named_buffers(remove_duplicate=False):
             if name not in state:
-                buffer.copy_(tensors.pop(name))
+                found = tensors.pop(name)
+                if found.shape != buffer.shape:
+                    raise RuntimeError(f"size mismatch for {name}: {tuple(found.shape)} and {tuple(buffer.shape)}")
+                buffer.copy_(found)
         module.load_state_dict(tensors)
     except (RuntimeError, KeyError) as error:
         raise PersistenceError(f"The weights do not fit the module {type(module).__name__}: {error}") from error
@@ -123,7 +129,7 @@ def resolve(path: str, allowed: Sequence[str] = ()) -> Any:
     """
     name, _, qualified = path.partition(":")
     trusted = (*_ALWAYS_ALLOWED, *_allowed, *allowed)
-    if name not in sys.modules and not any(name == entry or name.startswith(f"{entry}.") for entry in trusted):
+    if name not in sys.modules and not _within(name, trusted):
         raise PersistenceError(
             f"The file asks for {path}, which is in none of the trusted packages ({', '.join(trusted)}). If you trust "
             f"it, `import {name}` before loading, or call sparkdl.allow_modules({name.partition('.')[0]!r})."
@@ -141,26 +147,50 @@ def resolve(path: str, allowed: Sequence[str] = ()) -> Any:
 
 
 def resolve_function(path: str, allowed: Sequence[str] = ()) -> Any:
-    """What a file names to be called: torch's own functions, or those of packages that were allowed by name.
+    """What a file names to be called: functions and classes of torch, or of packages that were allowed by name.
 
     That a module happens to be imported is not enough here, as it is for the class of a module: ``os`` always is.
+    Of torch these are trusted: `torch.nn.functional`, the arithmetic in `torch` itself, and classes of modules and
+    optimizers.
 
     Raises:
         PersistenceError: As `resolve`.
     """
-    package = path.partition(":")[0]
-    trusted = (*_FUNCTIONS, *_allowed, *allowed)
-    if not any(package == entry or package.startswith(f"{entry}.") for entry in trusted):
+    package, _, name = path.partition(":")
+    found: Any = None
+    if package == "torch":
+        found = _arithmetic(name)
+    elif package in _FUNCTION_HOMES:
+        found = resolve(path, (package,))
+    elif _within(package, ("torch.nn", "torch.optim")):
+        kind = resolve(path, ("torch.nn", "torch.optim"))
+        found = kind if isinstance(kind, type) and issubclass(kind, nn.Module | torch.optim.Optimizer) else None
+    elif _within(package, (*_allowed, *allowed)):
+        found = resolve(path, allowed)
+    if found is None:
         raise PersistenceError(
-            f"The file asks for the function {path}, which is in none of the trusted packages "
-            f"({', '.join(trusted)}). If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
+            f"The file asks for {path} to be called, which is neither torch's nor in a package that was allowed by "
+            f"name. If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
         )
-    return resolve(path, trusted)
+    return found
+
+
+def _within(package: str, trusted: Sequence[str]) -> bool:
+    return any(package == entry or package.startswith(f"{entry}.") for entry in trusted)
+
+
+def _arithmetic(name: str) -> Any:
+    """``torch.<name>`` where it is one of torch's own compiled functions, such as relu; else None."""
+    found = getattr(torch, name, None)
+    compiled = isinstance(found, BuiltinFunctionType) and found.__qualname__.startswith("_VariableFunctionsClass.")
+    return found if compiled else None
 
 
 def path_of(thing: Any) -> str | None:
     """``package.module:qualified.name`` of a class or function; None where it cannot be imported by that name."""
     name, qualified = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if isinstance(thing, BuiltinFunctionType) and _arithmetic(thing.__name__) is thing:
+        return f"torch:{thing.__name__}"
     if not name or not qualified or name == "__main__" or "<" in qualified:
         return None
     with contextlib.suppress(ImportError, AttributeError):
@@ -198,6 +228,7 @@ class _Writer:
         for name, value in state.items():
             if "hook" in name and value and name in _MACHINERY:
                 raise PersistenceError(f"{where}: hooks ({name}) are code and cannot be described. Remove them first.")
+            _check_attribute(name, value, path)
         tensors = {}
         for kind in ("_parameters", "_buffers"):
             tensors[kind] = {
@@ -232,20 +263,22 @@ class _Writer:
 
     def _value(self, value: Any, where: str) -> Any:
         """A plain attribute as JSON; what JSON does not have is a one-key object."""
-        if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and value == value):
+        # Exact types: a namedtuple would come back as a tuple, an OrderedDict as a dict.
+        kind = type(value)
+        if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
             return value
-        if isinstance(value, float):
+        if kind is float:
             return {"float": repr(value)}
         if isinstance(value, nn.Parameter) and id(value) in self._tensors:
             return {"tensor": self._tensors[id(value)]}
-        if isinstance(value, torch.dtype | torch.device):
-            return {type(value).__name__: str(value).removeprefix("torch.")}
-        if isinstance(value, list):
+        if kind in (torch.dtype, torch.device):
+            return {kind.__name__: str(value).removeprefix("torch.")}
+        if kind is list:
             return [self._value(entry, where) for entry in value]
-        if isinstance(value, tuple | set | frozenset | torch.Size):
-            kind = "set" if isinstance(value, set | frozenset) else "tuple"
-            return {kind: [self._value(entry, where) for entry in value]}
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        if kind in _SEQUENCES:
+            entries = [self._value(entry, where) for entry in value]
+            return {kind.__name__: entries if kind in (tuple, torch.Size) else sorted(entries, key=repr)}
+        if kind is dict and all(type(key) is str for key in value):
             return {"dict": {key: self._value(entry, where) for key, entry in value.items()}}
         path = path_of(value) if callable(value) else None
         if path is not None:
@@ -284,6 +317,8 @@ class _Reader:
             for name, value in description["attributes"].items()
             if name not in _MACHINERY  # a doctored file must not bring hooks
         }
+        for name, value in attributes.items():
+            _check_attribute(name, value, description["class"])
         module.__setstate__({**module.__dict__, **attributes})
         return module
 
@@ -302,13 +337,14 @@ class _Reader:
         if not isinstance(value, dict):
             return value
         ((kind, content),) = value.items()
+        for sequence in _SEQUENCES:
+            if kind == sequence.__name__:
+                return sequence(self._value(entry) for entry in content)
         builders: dict[str, Callable[[Any], Any]] = {
             "float": float,
             "tensor": self._tensors.__getitem__,
             "dtype": _dtype,
             "device": torch.device,
-            "tuple": lambda entries: tuple(self._value(entry) for entry in entries),
-            "set": lambda entries: {self._value(entry) for entry in entries},
             "dict": lambda entries: {key: self._value(entry) for key, entry in entries.items()},
             "import": lambda path: resolve_function(path, self._allowed),
         }
@@ -317,6 +353,12 @@ class _Reader:
                 f"The file holds an attribute of unknown kind {kind!r}. Was it written by a newer version?"
             )
         return builders[kind](content)
+
+
+def _check_attribute(name: str, value: Any, where: str) -> None:
+    """Refuse an attribute that stands in for a method: it would be called instead of it."""
+    if callable(value) and not isinstance(value, nn.Module) and hasattr(nn.Module, name):
+        raise PersistenceError(f"{where}: the method {name!r} is replaced by {value!r}, which cannot be described.")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -88,42 +88,38 @@ def run_rank(
     config, columns = spec.config, spec.columns
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(config.seed)  # of the weights of lazy modules
         source = _Source(spec, staged, rank.world.rank)
-        joint: dict[str, Any] = {}
 
-        def prepare() -> tuple[str, dict[str, Any]]:
+        def prepare() -> tuple[str, dict[str, Any], _Ready]:
             """Everything that may fail alone: read, build, and try one forward."""
             spool = stack.enter_context(source.open(batches))
-            joint["module"], joint["objective"], joint["optimizer"] = pickle.loads(spec.payload)
-            joint["device"] = select_device(
+            module, objective, optimizer = pickle.loads(spec.payload)
+            device = select_device(
                 config.device,
                 gpu_addresses=rank.gpu_addresses,
                 local_rank=rank.world.local_rank,
                 local_world_size=rank.world.local_world_size,
             )
+            unused, outputs = False, 0
+            if spool.sample is not None:
+                unused, outputs = _try_forward(module, objective, spool.sample, columns, spool.facts.labels)
             facts = {
                 "shards": {shard: sum(group.rows for group in groups) for shard, groups in spool.shards.items()},
                 "validation": sum(group.rows for group in spool.validation),
                 "widths": dict(spool.facts.widths),
                 "labels": spool.facts.labels,
-                "device": joint["device"].type,
-                "unused": False,
-                "outputs": 0,
+                "unused": unused,
+                "outputs": outputs,
             }
-            if spool.sample is not None:
-                facts["unused"], facts["outputs"] = _try_forward(
-                    joint["module"], joint["objective"], spool.sample, columns, spool.facts.labels
-                )
-            return json.dumps([spec.run_id, facts["device"], source.fingerprint()]), facts
+            fingerprint = json.dumps([spec.run_id, device.type, source.fingerprint()])
+            return fingerprint, facts, _Ready(spool, module, objective, optimizer, device)
 
-        entries = rank.agree(prepare)
+        entries, ready = rank.agree(prepare)
         facts = _merge_facts(entries, columns)
-        module: nn.Module = joint["module"]
-        objective: Objective = joint["objective"]
-        recipe: OptimizerRecipe = joint["optimizer"]
-        device: torch.device = joint["device"]
-        data = source.rank_data(entries, facts, pin=device.type == "cuda")
-        if source.spool.sample is None:  # a rank without rows still needs a module of the right shape
+        data = source.rank_data(ready.spool, entries, facts, pin=ready.device.type == "cuda")
+        module, objective, device = ready.module, ready.objective, ready.device
+        if ready.spool.sample is None:  # a rank without rows still needs a module of the right shape
             _materialise(module, columns, facts)
 
         threads = thread_count(
@@ -144,7 +140,7 @@ def run_rank(
         ):
             strategy = DataParallel()
             unused = any(entry.facts["unused"] for entry in entries)
-            strategy.prepare(module, objective, recipe, find_unused_parameters=unused)
+            strategy.prepare(module, objective, ready.optimizer, find_unused_parameters=unused)
             trainer = Trainer(
                 strategy,
                 objective,
@@ -167,6 +163,17 @@ def run_rank(
         yield from result.to_chunks()
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What a rank has in hand when it meets the others."""
+
+    spool: Spool
+    module: nn.Module
+    objective: Objective
+    optimizer: OptimizerRecipe
+    device: torch.device
+
+
 class _Source:
     """Where this rank's rows are: its own spool, or its share of a staged dataset."""
 
@@ -175,27 +182,25 @@ class _Source:
         self._staged = staged
         self._rank = rank
         self._shards = shards_of(rank, spec.config.num_train_workers, spec.num_shards)
-        self.spool = Spool({}, (), Facts(), None)
 
     @contextlib.contextmanager
     def open(self, batches: Iterator[pa.RecordBatch]) -> Iterator[Spool]:
         """The rows of this rank's shards, on its disk or on shared storage."""
         if self._staged is None:
-            with open_spool(batches, self._spec.columns, self._shards) as self.spool:
-                yield self.spool
+            with open_spool(batches, self._spec.columns, self._shards) as spool:
+                yield spool
             return
         for _ in batches:  # only carries the rank's number
             pass
-        staged = self._staged
-        pieces = {shard: found for shard, found in enumerate(self._staged_pieces()) if shard in self._shards}
+        everything = self._staged_pieces()
+        pieces = {shard: everything[shard] for shard in self._shards}
         first = next((found[0] for found in pieces.values() if found), None)
-        self.spool = Spool(
+        yield Spool(
             {shard: tuple(_as_group(piece) for piece in found) for shard, found in pieces.items()},
             tuple(_as_group(piece) for piece in self._validation_pieces()),
-            staged.facts,
+            self._staged.facts,
             read_sample(first.row_group) if first else None,
         )
-        yield self.spool
 
     def fingerprint(self) -> str:
         """Digest of what all ranks must see alike."""
@@ -205,13 +210,13 @@ class _Source:
             files=files, seed=spec.config.seed, shuffle=spec.config.shuffle, window=spec.window_bytes
         )
 
-    def rank_data(self, entries: tuple[Entry, ...], facts: Facts, *, pin: bool) -> RankData:
+    def rank_data(self, spool: Spool, entries: tuple[Entry, ...], facts: Facts, *, pin: bool) -> RankData:
         """The plan over all ranks, and this rank's part of it."""
         spec = self._spec
         rows = {int(shard): count for entry in entries for shard, count in entry.facts["shards"].items()}
         if self._staged is None:
-            pieces = {shard: _whole(groups) for shard, groups in self.spool.shards.items()}
-            validation = _whole(self.spool.validation)
+            pieces = {shard: _whole(groups) for shard, groups in spool.shards.items()}
+            validation = _whole(spool.validation)
         else:
             everything = self._staged_pieces()
             pieces = {shard: everything[shard] for shard in self._shards}
@@ -290,7 +295,7 @@ def _try_forward(
         width = 2 if objective.binary and width == 1 else width
     if objective.binary:
         _check_classes(outputs, width, columns, labels)
-    objective(outputs, targets, weight).backward()
+    objective.try_on(outputs, targets, weight).backward()
     return any(value.grad is None for value in trial.parameters() if value.requires_grad), width
 
 
