@@ -38,6 +38,7 @@ __all__ = [
     "resolve_column",
     "row_bytes",
     "select_expressions",
+    "show_row",
     "to_array",
 ]
 
@@ -178,7 +179,7 @@ def to_array(array: pa.Array, column: Column, batch: pa.RecordBatch | None = Non
     if array.null_count:
         row = pc.index(array.is_null(), True).as_py()
         raise DataError(
-            f"{column.name!r} is null in {array.null_count} of {len(array)} rows; the first: {_show(batch, row)}. "
+            f"{column.name!r} is null in {array.null_count} of {len(array)} rows; the first: {show_row(batch, row)}. "
             f"Drop such rows (df.dropna(subset=[{column.name!r}])) or fill them before fit."
         )
     if column.kind == "scalar":
@@ -238,7 +239,7 @@ def _rectangle(array: pa.Array, column: Column, batch: pa.RecordBatch | None, wi
     if values.null_count:
         row = pc.index(values.is_null(), True).as_py() // max(width, 1)
         raise DataError(
-            f"{column.name!r} has a null inside an array; the first row: {_show(batch, row)}. "
+            f"{column.name!r} has a null inside an array; the first row: {show_row(batch, row)}. "
             "Fill or drop nulls inside arrays before fit."
         )
     found: Array = values.to_numpy(zero_copy_only=False).reshape(len(array), width)
@@ -276,7 +277,7 @@ def _width(lengths: Array, column: Column, batch: pa.RecordBatch | None, width: 
         row = int(odd[0])
         raise DataError(
             f"{column.name!r} has {expected} values in earlier rows, but {int(lengths[row])} in this one: "
-            f"{_show(batch, row)}. Every row needs the same number: pad or cut the column before fit."
+            f"{show_row(batch, row)}. Every row needs the same number: pad or cut the column before fit."
         )
     return expected
 
@@ -288,8 +289,8 @@ def _check_values(values: Array, column: Column, batch: pa.RecordBatch | None) -
             row = int(np.argwhere(~finite)[0][0])
             bad = int((~finite.reshape(len(values), -1)).any(1).sum())
             raise DataError(
-                f"{column.name!r} is NaN or infinite in {bad} of {len(values)} rows; the first: {_show(batch, row)}. "
-                "Drop or impute such rows before fit (pyspark.ml.feature.Imputer)."
+                f"{column.name!r} is NaN or infinite in {bad} of {len(values)} rows; the first: "
+                f"{show_row(batch, row)}. Drop or impute such rows before fit (pyspark.ml.feature.Imputer)."
             )
     if column.validity not in ("weight", "class") or values.size == 0:
         return
@@ -297,19 +298,20 @@ def _check_values(values: Array, column: Column, batch: pa.RecordBatch | None) -
         bad_rows = np.flatnonzero(values < 0)
         if len(bad_rows):
             raise DataError(
-                f"{column.name!r} is negative in a row: {_show(batch, int(bad_rows[0]))}. Weights are >= 0."
+                f"{column.name!r} is negative in a row: {show_row(batch, int(bad_rows[0]))}. Weights are >= 0."
             )
         return
     bad_rows = np.flatnonzero((values != np.floor(values)) | (values < 0) | (values >= _MOST_CLASSES))
     if len(bad_rows):
         row = int(bad_rows[0])
         raise DataError(
-            f"{column.name!r} must hold class numbers 0, 1, ..., but is {values[row]:g} in a row: {_show(batch, row)}. "
-            "Index classes with pyspark.ml.feature.StringIndexer, or train a regressor."
+            f"{column.name!r} must hold class numbers 0, 1, ..., but is {values[row]:g} in a row: "
+            f"{show_row(batch, row)}. Index classes with pyspark.ml.feature.StringIndexer, or train a regressor."
         )
 
 
-def _show(batch: pa.RecordBatch | None, row: int) -> str:
+def show_row(batch: pa.RecordBatch | None, row: int) -> str:
+    """A row of a batch as text, for messages."""
     if batch is None:
         return f"row {row}"
     text = json.dumps(batch.slice(row, 1).to_pylist()[0], default=str)

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from sparkdl.config import Columns
 from sparkdl.errors import DataError
 from sparkdl.io.plan import RowGroup
-from sparkdl.io.schema import VALIDATION, encode, row_bytes, select_expressions
+from sparkdl.io.schema import VALIDATION, encode, row_bytes, select_expressions, show_row
 from sparkdl.storage import open_file_system
 
 if TYPE_CHECKING:
@@ -40,10 +40,12 @@ class Facts:
     Attributes:
         widths: Values per row of each column.
         labels: Smallest and largest class number; None without class labels or rows.
+        row: One of the rows, as text.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[int, int] | None = None
+    row: str = ""
 
     def merge(self, other: "Facts", columns: Columns) -> "Facts":
         """The facts of both, for rows that shall be trained on together.
@@ -55,12 +57,22 @@ class Facts:
             mine, theirs = self.widths.get(column.field), other.widths.get(column.field)
             if mine is not None and theirs is not None and mine != theirs:
                 raise DataError(
-                    f"{column.name!r} has {mine} values in some rows and {theirs} in others. Every row needs the same "
-                    "number: pad or cut the column before fit."
+                    f"{column.name!r} has {mine} values in some rows, such as {self.row}, and {theirs} in others, such "
+                    f"as {other.row}. Every row needs the same number: pad or cut the column before fit."
                 )
         both = [labels for labels in (self.labels, other.labels) if labels is not None]
         labels = (min(low for low, _ in both), max(high for _, high in both)) if both else None
-        return Facts({**self.widths, **other.widths}, labels)
+        return Facts({**self.widths, **other.widths}, labels, self.row or other.row)
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> "Facts":
+        """The inverse of `to_json`."""
+        labels = values["labels"]
+        return cls(values["widths"], (labels[0], labels[1]) if labels else None, values["row"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +191,9 @@ def stage_dataset(df: "DataFrame", columns: Columns, directory: str) -> StagedDa
     facts, files = Facts(), {}
     for (text,) in selected.mapInArrow(write, _STAGED_SCHEMA).toArrow().to_pandas().itertuples(index=False):
         report = json.loads(text)
-        labels = report["labels"]
-        facts = facts.merge(Facts(report["widths"], tuple(labels) if labels else None), columns)
+        if "error" in report:
+            raise DataError(report["error"])
+        facts = facts.merge(Facts.of_json(report["facts"]), columns)
         for kind, path, rows, size in report["files"]:
             groups[kind] += [RowGroup(path, index, count) for index, count in enumerate(rows)]
             files[path] = size
@@ -260,7 +273,7 @@ def _encode(batch: pa.RecordBatch, columns: Columns, facts: Facts) -> tuple[pa.T
         if column.validity == "class":
             found = pc.min_max(table.column(column.field)).as_py()
             labels = (int(found["min"]), int(found["max"]))
-    return table, Facts(widths, labels)
+    return table, Facts(widths, labels, show_row(batch, 0))
 
 
 def _train_mask(batch: pa.RecordBatch, columns: Columns) -> pa.Array | None:
@@ -274,6 +287,15 @@ def _both(left: pa.Array | None, right: pa.Array | None) -> pa.Array | None:
 
 
 def _stage_partition(columns: Columns, directory: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    try:
+        report = _write_partition(columns, directory, batches)
+    except DataError as error:
+        # Raised here, Spark would run the task again, and wrap the message into its own and a traceback.
+        report = {"error": str(error)}
+    yield pa.RecordBatch.from_pydict({"facts": [json.dumps(report)]})
+
+
+def _write_partition(columns: Columns, directory: str, batches: Iterator[pa.RecordBatch]) -> dict[str, Any]:
     from pyspark import TaskContext
 
     task = TaskContext.get()
@@ -297,17 +319,19 @@ def _stage_partition(columns: Columns, directory: str, batches: Iterator[pa.Reco
             table, new = _encode(batch, columns, facts)
             facts = facts.merge(new, columns)
             train = _train_mask(batch, columns)
-            writer("train").write(table if train is None else table.filter(train))
+            rows = {"train": table if train is None else table.filter(train)}
             if train is not None:
-                writer(VALIDATION).write(table.filter(pc.invert(train)))
+                rows[VALIDATION] = table.filter(pc.invert(train))
+            for kind, kept in rows.items():
+                if kept.num_rows:
+                    writer(kind).write(kept)
         groups = {kind: kept.close() for kind, kept in writers.items()}
     files: list[Any] = []
     for kind, found in groups.items():
         if found:
             size = file_system.get_file_info(f"{root}/{kind}/{name}").size
             files.append((kind, found[0].path, [group.rows for group in found], size))
-    report = {"widths": dict(facts.widths), "labels": facts.labels, "files": files}
-    yield pa.RecordBatch.from_pydict({"facts": [json.dumps(report)]})
+    return {"facts": facts.to_json(), "files": files}
 
 
 def _remove(directory: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -116,6 +116,9 @@ class RunSpec:
     payload: bytes = field(repr=False)
     """Pickled (module, objective, optimizer recipe)."""
 
+    thresholds: int | None = None
+    """How many thresholds a classifier was given; must be as many as its classes."""
+
     window_bytes: int = 64 << 20
     """Size of one shard's shuffle window in memory."""
 

@@ -18,7 +18,7 @@ from torch import nn
 from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
 from sparkdl.barrier.preflight import check_executor_python, check_slots
 from sparkdl.config import Column, Columns, RunSpec, TrainConfig
-from sparkdl.errors import ConfigError
+from sparkdl.errors import ConfigError, DataError
 from sparkdl.io.plan import ShardPlan
 from sparkdl.io.schema import resolve_column
 from sparkdl.io.stage import StagedDataset, deal_rows, remove_staged, stage_dataset
@@ -75,7 +75,14 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         payload = dumps((module, objective, recipe), "module, loss and optimizer")
         check_executor_python(spark)
 
-        spec = RunSpec(run_id=new_run_id(), config=config, columns=columns, payload=payload)
+        thresholds = self._value("thresholds") if self.hasParam("thresholds") else None
+        spec = RunSpec(
+            run_id=new_run_id(),
+            config=config,
+            columns=columns,
+            payload=payload,
+            thresholds=None if thresholds is None else len(thresholds),
+        )
         staged = None
         progress = Progress(shown=config.verbose)
         try:
@@ -95,6 +102,8 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         finally:
             if config.staging_dir is not None:
                 remove_staged(dataset, _run_directory(config.staging_dir, spec.run_id))
+        if not all(chunks):  # Spark sees that a plan has no rows, and starts no tasks for it
+            raise DataError("The DataFrame has no rows to train on. Check the filters and joins before fit.")
         results = [RankResult.of_chunks(found) for found in chunks]
         return self._model(module, columns, spec, staged, results, time.perf_counter() - started)
 

@@ -169,8 +169,8 @@ def resolve_function(path: str, allowed: Sequence[str] = ()) -> Any:
         found = resolve(path, allowed)
     if found is None:
         raise PersistenceError(
-            f"The file asks for {path} to be called, which is neither torch's nor in a package that was allowed by "
-            f"name. If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
+            f"The file asks for the function {path}, which is in none of the trusted packages (torch's own, and those "
+            f"allowed by name). If you trust it, call sparkdl.allow_modules({package.partition('.')[0]!r})."
         )
     return found
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
-from sparkdl.barrier.rendezvous import Entry
+from sparkdl.barrier.rendezvous import Entry, error_of
 from sparkdl.config import Columns, RunSpec
-from sparkdl.errors import ConfigError, DataError
+from sparkdl.errors import ConfigError, DataError, Failure
 from sparkdl.io.batches import RankData
 from sparkdl.io.plan import Piece, RowGroup, ShardPlan, plan_pieces, shards_of
 from sparkdl.io.schema import decode
@@ -101,22 +101,28 @@ def run_rank(
                 local_rank=rank.world.local_rank,
                 local_world_size=rank.world.local_world_size,
             )
-            unused, outputs = False, 0
+            unused, outputs, error = False, 0, None
             if spool.sample is not None:
-                unused, outputs = _try_forward(module, objective, spool.sample, columns, spool.facts.labels)
+                try:
+                    unused, outputs = _try_forward(module, objective, spool.sample, columns)
+                except ConfigError as found:
+                    # Told to the others beside the widths: rows of different widths explain it better.
+                    error = asdict(rank.failure(found))
             facts = {
                 "shards": {shard: sum(group.rows for group in groups) for shard, groups in spool.shards.items()},
                 "validation": sum(group.rows for group in spool.validation),
-                "widths": dict(spool.facts.widths),
-                "labels": spool.facts.labels,
+                "rows": spool.facts.to_json(),
                 "unused": unused,
                 "outputs": outputs,
+                "error": error,
             }
             fingerprint = json.dumps([spec.run_id, device.type, source.fingerprint()])
             return fingerprint, facts, _Ready(spool, module, objective, optimizer, device)
 
         entries, ready = rank.agree(prepare)
         facts = _merge_facts(entries, columns)
+        outputs = max(entry.facts["outputs"] for entry in entries)
+        _check_classes(spec, outputs, facts)
         data = source.rank_data(ready.spool, entries, facts, pin=ready.device.type == "cuda")
         module, objective, device = ready.module, ready.objective, ready.device
         if ready.spool.sample is None:  # a rank without rows still needs a module of the right shape
@@ -158,7 +164,7 @@ def run_rank(
             threads=threads,
             rows=sum(data.plan.shard_rows[shard] for shard in data.pieces),
             widths=[facts.widths[column.field] for column in columns.inputs],
-            outputs=max(entry.facts["outputs"] for entry in entries),
+            outputs=outputs,
         )
         yield from result.to_chunks()
 
@@ -255,18 +261,18 @@ def _merge_facts(entries: tuple[Entry, ...], columns: Columns) -> Facts:
     """What is true of all ranks' rows together; the same, or the same error, on every rank."""
     facts, rows = Facts(), 0
     for entry in entries:
-        labels = entry.facts["labels"]
-        facts = facts.merge(Facts(entry.facts["widths"], tuple(labels) if labels else None), columns)
+        facts = facts.merge(Facts.of_json(entry.facts["rows"]), columns)
         rows += sum(entry.facts["shards"].values())
     if rows == 0:
         hint = " All rows are marked for validation." if any(entry.facts["validation"] for entry in entries) else ""
         raise DataError(f"The DataFrame has no rows to train on.{hint} Check the filters and joins before fit.")
+    errors = {entry.rank: Failure(**entry.facts["error"]) for entry in entries if entry.facts["error"]}
+    if errors:
+        raise error_of(errors)
     return facts
 
 
-def _try_forward(
-    module: nn.Module, objective: Objective, sample: pa.Table, columns: Columns, labels: tuple[int, int] | None
-) -> tuple[bool, int]:
+def _try_forward(module: nn.Module, objective: Objective, sample: pa.Table, columns: Columns) -> tuple[bool, int]:
     """One forward and backward of two rows, before any other rank depends on this one.
 
     Lazy modules get their shapes; nothing else of the module changes.
@@ -277,7 +283,6 @@ def _try_forward(
 
     Raises:
         ConfigError: The module cannot take the inputs, or its output does not fit the loss.
-        DataError: A label is outside the classes that the module has.
     """
     tensors = decode(sample, columns)
     inputs = tuple(tensors[column.field] for column in columns.inputs)
@@ -293,8 +298,12 @@ def _try_forward(
     if isinstance(outputs, torch.Tensor):
         width = outputs.shape[1:].numel()
         width = 2 if objective.binary and width == 1 else width
-    if objective.binary:
-        _check_classes(outputs, width, columns, labels)
+    if objective.binary and (not isinstance(outputs, torch.Tensor) or outputs.ndim > 2):
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise ConfigError(
+            f"A classifier's module must return one score per class, shape (rows, classes), or one logit per row; this "
+            f"one returned {found}. Use TorchEstimator for other outputs."
+        )
     objective.try_on(outputs, targets, weight).backward()
     return any(value.grad is None for value in trial.parameters() if value.requires_grad), width
 
@@ -310,20 +319,16 @@ def _forward(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         ) from error
 
 
-def _check_classes(outputs: Any, classes: int, columns: Columns, labels: tuple[int, int] | None) -> None:
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim > 2:
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise ConfigError(
-            f"A classifier's module must return one score per class, shape (rows, classes), or one logit per row; this "
-            f"one returned {found}. Use TorchEstimator for other outputs."
-        )
-    if labels is not None and labels[1] >= classes:
-        column = columns.labels[0].name
+def _check_classes(spec: RunSpec, classes: int, facts: Facts) -> None:
+    """Compare a classifier's classes with the labels of all ranks and with the thresholds; the same on every rank."""
+    label = spec.columns.labels[0]
+    if label.validity == "class" and facts.labels is not None and classes and facts.labels[1] >= classes:
         raise DataError(
-            f"{column!r} holds class {labels[1]}, but the module tells {classes} classes apart (its output has shape "
-            f"{('rows', *outputs.shape[1:])}): labels must lie in 0..{classes - 1}. Give the module {labels[1] + 1} "
-            "outputs, or re-index the labels."
+            f"{label.name!r} holds class {facts.labels[1]}, but the module tells {classes} classes apart: labels must "
+            f"lie in 0..{classes - 1}. Give the module {facts.labels[1] + 1} outputs, or re-index the labels."
         )
+    if spec.thresholds not in (None, classes):
+        raise ConfigError(f"thresholds has {spec.thresholds} values for {classes} classes. Give one per class.")
 
 
 def _materialise(module: nn.Module, columns: Columns, facts: Facts) -> None:
