@@ -6,7 +6,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from sparkdl.barrier.channel import ChannelAddress, RankChannel, local_address
 from sparkdl.barrier.process_group import is_communication_error, process_group
 from sparkdl.barrier.rendezvous import Entry, agree, bind_store, find_versions
 from sparkdl.barrier.world import World, world_of
-from sparkdl.errors import Failure, LaunchError
+from sparkdl.errors import Failure, LaunchError, TrainingFailedError
 
 __all__ = ["RankContext"]
 
@@ -50,21 +50,12 @@ class RankContext:
     _store: tuple[str, int] | None = None
 
     @classmethod
-    def of_barrier_task(cls, run_id: str, world_size: int, channel: ChannelAddress | None) -> "RankContext":
-        """The rank of the barrier task that this Python worker runs.
-
-        Raises:
-            LaunchError: Spark started another number of tasks than asked.
-        """
+    def of_barrier_task(cls, run_id: str, channel: ChannelAddress | None) -> "RankContext":
+        """The rank of the barrier task that this Python worker runs."""
         from pyspark import BarrierTaskContext
 
         task = BarrierTaskContext.get()
         addresses = [info.address for info in task.getTaskInfos()]
-        if len(addresses) != world_size:
-            raise LaunchError(
-                f"{world_size} barrier tasks were asked for, but Spark started {len(addresses)}. "
-                "Was the DataFrame repartitioned after it was handed over?"
-            )
         world = world_of(task.partitionId(), addresses)
         gpu = task.resources().get("gpu")
         return cls(
@@ -75,6 +66,18 @@ class RankContext:
             gpu_addresses=tuple(gpu.addresses) if gpu else (),
             all_gather=task.allGather,
         )
+
+    def check_world_size(self, asked: int) -> None:
+        """Make sure that Spark started as many barrier tasks as were asked for.
+
+        Raises:
+            LaunchError: It did not.
+        """
+        if self.world.world_size != asked:
+            raise LaunchError(
+                f"{asked} barrier tasks were asked for, but Spark started {self.world.world_size}. "
+                "Was the DataFrame repartitioned after it was handed over?"
+            )
 
     @property
     def address(self) -> str:
@@ -128,7 +131,9 @@ class RankContext:
             yield
 
     def failure(self, error: BaseException) -> Failure:
-        """This rank's account of ``error``."""
+        """This rank's account of ``error``; of what another rank failed with and all raise, that rank's own."""
+        if isinstance(error, TrainingFailedError) and error.failures:
+            return next(iter(error.failures.values()))
         return Failure(
             rank=self.world.rank,
             host=self.world.hosts[self.world.rank],
@@ -144,13 +149,7 @@ class RankContext:
         The wait lets the cause reach Spark before its consequence does: Spark keeps the first task failure.
         """
         failure = self.failure(error)
-        self.channel.send(
-            "failure",
-            kind=failure.kind,
-            message=failure.message,
-            traceback=failure.traceback,
-            consequence=failure.consequence,
-        )
+        self.channel.send("failure", **asdict(failure))
         if failure.consequence:
             time.sleep(_LINGER_SECONDS)
         return failure

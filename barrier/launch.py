@@ -37,6 +37,7 @@ RankBody = Callable[[RankContext, Iterator[pa.RecordBatch]], Iterable[bytes]]
 _CHUNK_BYTES = 4 << 20
 _GRACE_SECONDS = 3.0
 _JAVA_REASON = re.compile(r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$", re.MULTILINE)
+_PYTHON_REASON = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*$", re.MULTILINE)
 _SAYS_NOTHING = ("awaitResult", "failed barrier ResultStage")
 _RESULT_SCHEMA = "rank int, part int, payload binary"
 
@@ -196,8 +197,9 @@ def _run_task(
     batches: Iterator[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
     """What Spark calls in every barrier task."""
-    rank = RankContext.of_barrier_task(run_id, world_size, channel)
+    rank = RankContext.of_barrier_task(run_id, channel)
     try:
+        rank.check_world_size(world_size)
         for part, payload in enumerate(pickle.loads(body)(rank, batches)):
             yield pa.RecordBatch.from_arrays(
                 [
@@ -267,7 +269,8 @@ def _first_cause(error: Exception, failures: dict[int, Failure]) -> SparkdlError
     if any(not failure.consequence for failure in known.values()):
         return error_of(known)
     reasons = [match for match in _JAVA_REASON.findall(text) if not any(words in match for words in _SAYS_NOTHING)]
-    reason = reasons[0] if reasons else text.strip().partition("\n")[0]
+    raised = _PYTHON_REASON.findall(text.partition("Traceback (most recent call last):")[2])
+    reason = (raised or reasons or [text.strip().partition("\n")[0]])[0]
     silent = "exited unexpectedly" in text or "ExecutorLost" in text or bool(known)
     lead = "A rank's process died without a word (killed, or out of memory?). " if silent else ""
     seen = "".join(f"\n  rank {rank}: {known[rank].message}" for rank in sorted(known))

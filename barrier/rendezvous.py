@@ -17,7 +17,7 @@ from typing import Any
 from sparkdl import errors
 from sparkdl.errors import Failure, LaunchError, SparkdlError, TrainingFailedError
 
-__all__ = ["Entry", "Versions", "agree", "bind_store", "find_versions"]
+__all__ = ["Entry", "Versions", "agree", "bind_store", "error_of", "find_versions"]
 
 Versions = dict[str, str]
 
@@ -81,8 +81,7 @@ def agree(entry: Entry, all_gather: Callable[[str], Sequence[str]]) -> tuple[Ent
 
 def error_of(failures: dict[int, Failure]) -> SparkdlError:
     """The exception that stands for the failures of some ranks: the first cause, by class where it is one of ours."""
-    causes = [failure for failure in failures.values() if not failure.consequence] or list(failures.values())
-    first = causes[0]
+    first = min(failures.values(), key=lambda failure: failure.consequence)
     kind = getattr(errors, first.kind, None)
     if isinstance(kind, type) and issubclass(kind, SparkdlError) and kind is not TrainingFailedError:
         return kind(first.message)

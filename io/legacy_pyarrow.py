@@ -230,7 +230,14 @@ def _forward(name: str) -> Callable[..., Any]:
 
 
 # Petastorm derives its fail-over client from this class and wraps every public method it finds.
-HadoopFileSystem = type("HadoopFileSystem", (), {name: _forward(name) for name in _HADOOP_METHODS})
+HadoopFileSystem = type(
+    "HadoopFileSystem",
+    (),
+    {
+        "__doc__": "Base of petastorm's fail-over client: every method is that of the file system it is connected to.",
+        **{name: _forward(name) for name in _HADOOP_METHODS},
+    },
+)
 
 
 def numeric_version(text: str) -> tuple[int, ...]:

@@ -26,7 +26,17 @@ from sparkdl.storage import open_file_system
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-__all__ = ["Facts", "Spool", "StagedDataset", "deal_rows", "open_spool", "remove_staged", "stage_dataset"]
+__all__ = [
+    "Facts",
+    "Spool",
+    "StagedDataset",
+    "deal_rows",
+    "open_spool",
+    "read_sample",
+    "remove_staged",
+    "stage_dataset",
+    "window_rows",
+]
 
 SHARD = "shard"
 _ROW_GROUP_BYTES = 8 << 20

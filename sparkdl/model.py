@@ -27,7 +27,16 @@ from sparkdl.predict import Kind, Outputs, Predictor, decide, is_one_logit, prob
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-__all__ = ["TorchClassificationModel", "TorchModel", "TorchRegressionModel", "TrainingSummary"]
+__all__ = [
+    "Fitted",
+    "TorchClassificationModel",
+    "TorchModel",
+    "TorchRegressionModel",
+    "TrainingSummary",
+    "check_outputs",
+    "copy_params",
+    "fitted_copy",
+]
 
 
 @dataclass(frozen=True, slots=True)

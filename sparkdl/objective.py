@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparkdl.errors import ConfigError
 
-__all__ = ["Objective", "build_loss", "loss_names"]
+__all__ = ["Loss", "Objective", "build_loss", "loss_names", "wants_class_labels"]
 
 Loss = str | nn.Module | Callable[..., Tensor]
 
@@ -108,10 +108,12 @@ class Objective(nn.Module):
                     "Return one value per row, shape (rows,), so that rows can be weighted."
                 )
             return losses if self.reduction == "sum" else losses * rows
-        if len(losses) != rows:
+        known = [value.shape for value in (scores, label) if isinstance(value, Tensor)]
+        broadcast = losses.ndim > 1 and losses.shape[1] == rows and losses.shape not in known
+        if len(losses) != rows or broadcast:
             raise ConfigError(
-                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows. Return one value "
-                "per row, or the mean over the rows."
+                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows (output "
+                f"{_shape(outputs)}, labels {_shape(label)}). Return one value per row, or the mean over the rows."
             )
         per_row = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         return (per_row if weight is None else per_row * weight).sum()

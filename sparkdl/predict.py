@@ -92,7 +92,7 @@ class Predictor:
                     f"The module returned {len(several)} outputs, but {len(self.outputs.names)} output columns are "
                     "named. Name one column per output with outputCols."
                 )
-            return [tensor.reshape(len(tensor), -1).cpu().numpy().astype(np.float32) for tensor in several]
+            return [tensor.reshape(len(tensor), -1).float().cpu().numpy() for tensor in several]
         scores = result.cpu().double().numpy()
         if self.outputs.kinds[0] in ("number", "targets"):
             return [scores.reshape(len(scores), -1)]

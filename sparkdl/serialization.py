@@ -22,7 +22,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparkdl.errors import PersistenceError
 
-__all__ = ["allow_modules", "describe_module", "dump_weights", "load_weights", "resolve_function", "restore_module"]
+__all__ = [
+    "allow_modules",
+    "describe_module",
+    "dump_weights",
+    "load_weights",
+    "path_of",
+    "resolve_function",
+    "restore_module",
+]
 
 _ALWAYS_ALLOWED = ("torch.nn",)
 _FUNCTION_HOMES = ("torch.nn.functional", "torch._C._nn")
