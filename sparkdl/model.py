@@ -170,12 +170,11 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
         given = F.struct(*select_expressions(Columns(columns, ())))
         made = "__sparkdl_" + self.uid
         predicted = dataset.select("*", predict(given).alias(made))
-        chosen = [F.col(_quoted(name)) for name in dataset.columns]
-        chosen += [
+        chosen = [
             F.col(f"{_quoted(made)}.{_quoted(name)}").alias(column)
             for name, column in zip(outputs.names, added, strict=True)
         ]
-        return predicted.select(*chosen)
+        return predicted.select("*", *chosen).drop(made)
 
     def _resolve(self, dataset: "DataFrame") -> tuple[Column, ...]:
         param = "inputCols" if len(self._input_names()) > 1 else "featuresCol"
@@ -189,8 +188,8 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
             for number, name in enumerate(self._input_names())
         )
 
-    def _forward_one(self, value: Any) -> np.ndarray[Any, np.dtype[Any]]:
-        """The module's output for one row; shape without the row axis."""
+    def _forward_one(self, value: Any) -> Any:
+        """The module's output for one row, with an axis of one row."""
         given = value if isinstance(value, tuple) else (value,)
         tensors = []
         for entry in given:
@@ -199,8 +198,12 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
             tensor = torch.as_tensor(array).to(kind)
             tensors.append(tensor[None] if tensor.ndim or kind == torch.int64 else tensor[None, None])
         with torch.inference_mode():
-            result: torch.Tensor = self.module(*tensors)
-        return result.double().numpy()
+            return self.module(*tensors)
+
+    def _scores_of(self, value: Any) -> np.ndarray[Any, np.dtype[Any]]:
+        """The module's one output for one row, as doubles."""
+        scores: np.ndarray[Any, np.dtype[Any]] = self._forward_one(value).double().numpy()
+        return scores
 
     # ---- persistence -------------------------------------------------------------------------------------------------
     def write(self) -> ModuleWriter:
@@ -259,11 +262,11 @@ class TorchClassificationModel(_TorchModel, ClassifierColumns):
 
     def predictRaw(self, value: Any) -> DenseVector:
         """The score of each class for one row."""
-        return DenseVector(raw_scores(self._forward_one(value))[0])
+        return DenseVector(raw_scores(self._scores_of(value))[0])
 
     def predictProbability(self, value: Any) -> DenseVector:
         """The probability of each class for one row."""
-        scores = self._forward_one(value)
+        scores = self._scores_of(value)
         return DenseVector(probabilities(raw_scores(scores), one_logit=is_one_logit(scores))[0])
 
     def _thresholds(self) -> tuple[float, ...] | None:
@@ -304,7 +307,7 @@ class TorchRegressionModel(_TorchModel, RegressorColumns):
 
     def predict(self, value: "Vector | Sequence[float] | tuple[Any, ...]") -> float | list[float]:
         """The prediction for one row: its features, or a tuple of its inputs."""
-        found = self._forward_one(value).reshape(-1).tolist()
+        found = self._scores_of(value).reshape(-1).tolist()
         return found[0] if self.numTargets == 1 else found
 
     def _outputs(self) -> tuple[Outputs, dict[str, DataType]]:
@@ -321,8 +324,11 @@ class TorchModel(_TorchModel, EstimatorColumns):
     """A fitted module of any kind: each output becomes an array of floats, flattened per row."""
 
     def predict(self, value: "Vector | Sequence[float] | tuple[Any, ...]") -> Any:
-        """The module's output for one row."""
-        return self._forward_one(value)[0].tolist()
+        """The module's output for one row, flattened as in `transform`; a list of them where it has several."""
+        result = self._forward_one(value)
+        several = isinstance(result, tuple | list)
+        found = [part.double().reshape(-1).tolist() for part in (result if several else (result,))]
+        return found if several else found[0]
 
     def _outputs(self) -> tuple[Outputs, dict[str, DataType]]:
         several = self.isSet("outputCols") and self.getOutputCols()

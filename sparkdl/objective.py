@@ -108,12 +108,17 @@ class Objective(nn.Module):
                     "Return one value per row, shape (rows,), so that rows can be weighted."
                 )
             return losses if self.reduction == "sum" else losses * rows
-        known = [value.shape for value in (scores, label) if isinstance(value, Tensor)]
-        broadcast = losses.ndim > 1 and losses.shape[1] == rows and losses.shape not in known
-        if len(losses) != rows or broadcast:
+        if len(losses) != rows:
             raise ConfigError(
-                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows (output "
-                f"{_shape(outputs)}, labels {_shape(label)}). Return one value per row, or the mean over the rows."
+                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows. Return one value "
+                "per row, or the mean over the rows."
+            )
+        compared = [value.shape for value in (scores, label) if isinstance(value, Tensor)]
+        if losses.ndim > 1 and losses.shape[1] == rows and losses.shape not in compared:
+            raise ConfigError(
+                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows: it compares every row "
+                f"with every other. The output is {_shape(outputs)}, the label {_shape(label)}; bring them to one shape "
+                "in the loss, or return (rows,) from the module."
             )
         per_row = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         return (per_row if weight is None else per_row * weight).sum()
