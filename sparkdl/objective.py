@@ -116,9 +116,9 @@ class Objective(nn.Module):
         compared = [value.shape for value in (scores, label) if isinstance(value, Tensor)]
         if losses.ndim > 1 and losses.shape[1] == rows and losses.shape not in compared:
             raise ConfigError(
-                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows: it compares every row "
-                f"with every other. The output is {_shape(outputs)}, the label {_shape(label)}; bring them to one shape "
-                "in the loss, or return (rows,) from the module."
+                f"The loss {_name(self.loss)} returned shape {tuple(losses.shape)} for {rows} rows: it compares every "
+                f"row with every other. The output is {_shape(outputs)}, the label {_shape(label)}; bring them to one "
+                "shape in the loss, or return (rows,) from the module."
             )
         per_row = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         return (per_row if weight is None else per_row * weight).sum()

@@ -1,0 +1,406 @@
+"""Batches of a rank: every row once, in the order that the plan says, whatever the ranks, shards and threads."""
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparkdl.batch import Batch
+from sparkdl.config import Column, Columns
+from sparkdl.errors import DataError
+from sparkdl.io.batches import RankData, _ShardFeed, prefetched
+from sparkdl.io.petastorm import PlannedReader
+from sparkdl.io.plan import RowGroup, ShardPlan, Window, batch_row_ids, plan_pieces, shards_of
+from sparkdl.io.schema import decode, encode
+from tests.unit.staged import COLUMNS, FIELDS, WIDTHS, assert_rows, consecutive, whole, write_staged
+
+pytestmark = pytest.mark.timeout(120)
+
+SIZES = [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 1, 0, 40]
+Shuffle = Literal["window", "none"]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> list[RowGroup]:
+    """Row groups of very different sizes in three files, ids from 0 in order."""
+    folder = tmp_path_factory.mktemp("staged")
+    ids = consecutive(SIZES)
+    parts = [ids[:5], ids[5:6], ids[6:]]
+    return [group for number, part in enumerate(parts) for group in write_staged(folder / f"{number}.parquet", part)]
+
+
+def rank_data(
+    groups: Sequence[RowGroup],
+    *,
+    num_shards: int = 1,
+    batch_size: int = 16,
+    rank: int = 0,
+    world_size: int = 1,
+    window: int = 20,
+    shuffle: Shuffle = "window",
+    threads: int = 1,
+    columns: Columns = COLUMNS,
+    validation: Sequence[RowGroup] = (),
+) -> RankData:
+    """What a rank reads of staged row groups."""
+    pieces = plan_pieces(groups, num_shards)
+    return RankData(
+        plan=ShardPlan(tuple(sum(piece.rows for piece in shard) for shard in pieces), batch_size),
+        pieces={shard: pieces[shard] for shard in shards_of(rank, world_size, num_shards)},
+        validation=plan_pieces(validation, world_size)[rank],
+        columns=columns,
+        window=window,
+        shuffle=shuffle,
+        seed=7,
+        widths=WIDTHS,
+        threads=threads,
+    )
+
+
+def epoch_of(data: RankData, epoch: int = 0) -> list[Batch]:
+    with data.open_epoch(epoch) as batches:
+        return list(batches)
+
+
+def ids_of(batches: Sequence[Batch]) -> list[list[int]]:
+    return [batch.labels[0].tolist() for batch in batches]
+
+
+# ---- every row once, in the plan's order -----------------------------------------------------------------------------
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, object]:
+    num_shards = draw(st.integers(1, 8))
+    return {
+        "chosen": draw(st.lists(st.sampled_from(range(len(SIZES))), unique=True, max_size=8)),
+        "num_shards": num_shards,
+        "world_size": draw(st.integers(1, min(4, num_shards))),
+        "batch_size": draw(st.sampled_from([num_shards, num_shards + 1, 16, 300])),
+        "window": draw(st.sampled_from([1, 4, 20, 1000])),
+        "shuffle": draw(st.sampled_from(["window", "none"])),
+        "threads": draw(st.sampled_from([1, 3])),
+    }
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_every_row_comes_once_an_epoch_in_the_steps_and_order_of_the_plan(groups: list[RowGroup], case: dict) -> None:
+    chosen, world_size, threads = case.pop("chosen"), case.pop("world_size"), case.pop("threads")
+    data = [groups[number] for number in chosen]
+    positions = np.array([row for number in chosen for row in consecutive(SIZES)[number]], np.int64)
+    ranks = [rank_data(data, rank=rank, world_size=world_size, threads=threads, **case) for rank in range(world_size)]
+    plan = ranks[0].plan
+    order = {"window": case["window"], "shuffle": case["shuffle"], "seed": 7}
+    for epoch in range(2):
+        read = [epoch_of(rank, epoch) for rank in ranks]
+        assert sorted(row for batches in read for ids in ids_of(batches) for row in ids) == sorted(positions.tolist())
+        assert {len(batches) for batches in read} == {plan.num_steps}
+        steps = batch_row_ids(data, plan, **order, epoch=epoch)
+        for step, (rows, (begin, end)) in enumerate(zip(steps, plan.steps(), strict=True)):
+            by_shard = np.split(positions[rows], np.cumsum(end - begin)[:-1])
+            for rank, batches in enumerate(read):
+                expected = np.concatenate([by_shard[shard] for shard in ranks[rank].pieces])
+                assert_rows(batches[step].inputs[0], batches[step].labels[0], expected)
+
+
+def test_the_order_is_a_new_one_every_epoch_and_the_same_in_every_run(groups: list[RowGroup]) -> None:
+    first, again = (epoch_of(rank_data(groups, num_shards=2, threads=threads), 0) for threads in (1, 4))
+    second = epoch_of(rank_data(groups, num_shards=2), 1)
+    assert ids_of(first) == ids_of(again)
+    assert ids_of(first) != ids_of(second)
+
+
+def test_without_shuffling_each_shard_keeps_its_order(groups: list[RowGroup]) -> None:
+    one = [row for ids in ids_of(epoch_of(rank_data(groups, shuffle="none"))) for row in ids]
+    assert one == list(range(sum(SIZES)))
+    several = rank_data(groups, num_shards=3, shuffle="none")
+    rows = [row for ids in ids_of(epoch_of(several)) for row in ids]
+    cuts = np.cumsum((0, *several.plan.shard_rows))
+    for low, high in itertools.pairwise(cuts):
+        assert [row for row in rows if low <= row < high] == list(range(low, high))
+
+
+def test_a_window_mixes_rows_of_the_row_groups_in_it_only(groups: list[RowGroup]) -> None:
+    data = rank_data(groups, batch_size=8, window=1)
+    rows = [row for ids in ids_of(epoch_of(data)) for row in ids]
+    group_of = np.repeat(np.arange(len(SIZES)), SIZES)[rows]
+    changes = np.count_nonzero(np.diff(group_of))
+    assert changes == np.count_nonzero(SIZES) - 1, "with the smallest window, the rows of a row group stay together"
+    assert rows != sorted(rows)
+    wide = [row for ids in ids_of(epoch_of(replace(data, window=10_000))) for row in ids]
+    assert np.count_nonzero(np.diff(np.repeat(np.arange(len(SIZES)), SIZES)[wide])) > sum(SIZES) // 3
+
+
+def test_ids_above_two_to_the_53_survive(tmp_path: Path) -> None:
+    first = 2**53 + 1
+    ids = range(first, first + 10)
+    groups = write_staged(tmp_path / "large.parquet", [ids[:3], ids[3:]])
+    read = [row for found in ids_of(epoch_of(rank_data(groups, num_shards=2, batch_size=4))) for row in found]
+    assert sorted(read) == list(ids)
+
+
+# ---- all kinds of columns --------------------------------------------------------------------------------------------
+MANY = Columns(
+    inputs=(
+        Column("wide", "input_0", "array", "float64"),
+        Column("age", "input_1", "scalar", "float32"),
+        Column("shop", "input_2", "scalar", "int64", flat=True),
+        Column("words", "input_3", "array", "int64"),
+    ),
+    labels=(
+        Column("clicked", "label_0", "scalar", "int64", flat=True, validity="class"),
+        Column("spent", "label_1", "scalar", "float32", flat=True),
+        Column("route", "label_2", "array", "float32"),
+    ),
+    weight=Column("importance", "weight", "scalar", "float32", flat=True, validity="weight"),
+)
+MANY_WIDTHS = {
+    "input_0": 2,
+    "input_1": 1,
+    "input_2": 1,
+    "input_3": 4,
+    "label_0": 1,
+    "label_1": 1,
+    "label_2": 2,
+    "weight": 1,
+}
+
+
+def many_values(ids: Sequence[int]) -> dict[str, np.ndarray]:
+    rows = np.array(ids, np.int64)
+    return {
+        "input_0": np.stack([rows / 3, -rows / 7], 1),
+        "input_1": (rows / 2).astype(np.float32)[:, None],
+        "input_2": rows + 2**60,
+        "input_3": np.stack([rows, rows + 1, rows * 2**40, -rows], 1),
+        "label_0": rows % 5,
+        "label_1": np.sqrt(rows).astype(np.float32),
+        "label_2": np.stack([rows, -rows], 1).astype(np.float32),
+        "weight": (rows % 3).astype(np.float32),
+    }
+
+
+def write_many(path: Path, groups: Sequence[Sequence[int]]) -> list[RowGroup]:
+    tables = []
+    for ids in groups:
+        values = many_values(ids)
+        values = {name: value[:, 0] if name == "input_1" else value for name, value in values.items()}
+        arrays = {name: pa.array(value.tolist() if value.ndim == 2 else value) for name, value in values.items()}
+        tables.append(encode(pa.RecordBatch.from_pydict(arrays), MANY, MANY_WIDTHS)[0])
+    with pq.ParquetWriter(path, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return [RowGroup(str(path), index, len(ids)) for index, ids in enumerate(groups)]
+
+
+def many_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    assert batch.weight is not None
+    fields = [column.field for column in MANY]
+    return dict(zip(fields, (*batch.inputs, *batch.labels, batch.weight), strict=True))
+
+
+def test_inputs_labels_and_weights_arrive_in_their_types_and_together(tmp_path: Path) -> None:
+    groups = write_many(tmp_path / "many.parquet", consecutive([7, 20, 4]))
+    data = replace(
+        rank_data(groups, num_shards=2, batch_size=5, columns=MANY, window=10, validation=groups), widths=MANY_WIDTHS
+    )
+    with data.open_validation(6) as batches:
+        validation = list(batches)
+    seen = []
+    for batch in (*epoch_of(data), *validation):
+        tensors = many_tensors(batch)
+        ids = (tensors["input_2"] - 2**60).tolist()
+        seen += ids
+        for name, expected in many_values(ids).items():
+            found = tensors[name].numpy()
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+            np.testing.assert_array_equal(found, expected, err_msg=name)
+    assert sorted(seen) == sorted(2 * list(range(31)))
+
+
+def test_a_rank_without_rows_gets_empty_batches_of_the_right_shapes_and_types(tmp_path: Path) -> None:
+    groups = write_many(tmp_path / "few.parquet", [[0], [1]])
+    both = [
+        replace(
+            rank_data(groups, num_shards=4, batch_size=4, rank=rank, world_size=2, columns=MANY), widths=MANY_WIDTHS
+        )
+        for rank in range(2)
+    ]
+    empty, full = (epoch_of(data)[0] for data in both)  # shards 1 and 3 have a row each
+    assert (full.rows, empty.rows) == (2, 0)
+    for name, tensor in many_tensors(empty).items():
+        like = many_tensors(full)[name]
+        assert (tensor.dtype, tensor.shape[1:]) == (like.dtype, like.shape[1:]), name
+
+
+def test_steps_in_which_a_rank_has_no_rows_are_still_steps(tmp_path: Path) -> None:
+    groups = write_staged(tmp_path / "one.parquet", [range(40)])
+    pieces = plan_pieces(groups, 1)[0]
+    uneven = ShardPlan((40, 2), 8)
+    few = write_staged(tmp_path / "two.parquet", [[100, 101]])
+    rank = replace(rank_data(few), plan=uneven, pieces={1: whole(few)})
+    read = ids_of(epoch_of(rank))
+    assert len(read) == uneven.num_steps == 6
+    assert sorted(row for ids in read for row in ids) == [100, 101]
+    assert [len(ids) for ids in read] == [int(end[1] - begin[1]) for begin, end in uneven.steps()]
+    other = ids_of(epoch_of(replace(rank_data(groups), plan=uneven, pieces={0: pieces})))
+    assert [len(mine) + len(theirs) for mine, theirs in zip(read, other, strict=True)] == [7] * 6
+
+
+def test_a_rank_without_any_shard_rows_reads_nothing_and_ends(groups: list[RowGroup]) -> None:
+    data = replace(rank_data(groups), plan=ShardPlan((0, 0), 4), pieces={0: (), 1: ()})
+    assert epoch_of(data) == []
+    with data.open_validation(4) as batches:
+        assert list(batches) == []
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_validation_rows_come_once_over_all_ranks_in_file_order(
+    groups: list[RowGroup], world_size: int, threads: int
+) -> None:
+    rows = []
+    for rank in range(world_size):
+        data = rank_data(groups[:1], rank=rank, num_shards=4, world_size=world_size, threads=threads, validation=groups)
+        for _ in range(2):  # every epoch validates anew
+            with data.open_validation(8) as batches:
+                read = list(batches)
+        assert all(0 < batch.rows <= 8 for batch in read)
+        for batch in read:
+            assert_rows(batch.inputs[0], batch.labels[0], batch.labels[0].tolist())
+        rows += [row for ids in ids_of(read) for row in ids]
+    assert rows == list(range(sum(SIZES)))
+
+
+# ---- errors and early ends -------------------------------------------------------------------------------------------
+def test_a_file_that_vanished_is_raised_where_the_batches_are_taken(tmp_path: Path) -> None:
+    groups = [
+        *write_staged(tmp_path / "a.parquet", [range(50)]),
+        *write_staged(tmp_path / "b.parquet", [range(50, 100)]),
+    ]
+    (tmp_path / "b.parquet").unlink()
+    data = rank_data(groups, shuffle="none", batch_size=10, validation=groups)
+    for opened, whole_batches in ((data.open_epoch(0), 5), (data.open_validation(10), 5)):
+        read = []
+        with opened as batches, pytest.raises(DataError, match=r"b\.parquet cannot be read.*fit again"):
+            read.extend(batches)
+        assert ids_of(read) == [list(range(start, start + 10)) for start in range(0, 50, 10)][:whole_batches]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_leaving_an_epoch_early_stops_every_thread(groups: list[RowGroup], taken: int) -> None:
+    before = set(threading.enumerate())
+    with rank_data(groups, batch_size=2, threads=3).open_epoch(0) as batches:
+        for _ in range(taken):
+            next(batches)
+    assert set(threading.enumerate()) <= before
+
+
+def test_many_passes_leave_no_threads(groups: list[RowGroup]) -> None:
+    before = set(threading.enumerate())
+    data = rank_data(groups, num_shards=3, threads=2)
+    for epoch in range(5):
+        epoch_of(data, epoch)
+    assert set(threading.enumerate()) <= before
+
+
+class Source:
+    """A generator of batches that records what became of it."""
+
+    def __init__(self, count: int, error: BaseException | None = None) -> None:
+        self.made = threading.Semaphore(0)
+        self.closed_in = ""
+        self._count = count
+        self._error = error
+
+    def batches(self) -> Iterator[Batch]:
+        try:
+            for number in range(self._count):
+                self.made.release()
+                yield Batch((torch.full((2,), number),), ())
+            if self._error is not None:
+                raise self._error
+        finally:
+            self.closed_in = threading.current_thread().name
+
+
+def numbers(batches: Iterator[Batch]) -> list[int]:
+    return [int(batch.inputs[0][0]) for batch in batches]
+
+
+def test_prefetched_batches_keep_their_order_and_end() -> None:
+    source = Source(50)
+    with prefetched(source.batches()) as batches:
+        assert numbers(batches) == list(range(50))
+        assert next(batches, None) is None
+    assert source.closed_in == "sparkdl-prefetch"
+
+
+@pytest.mark.parametrize("error", [ValueError("bad row"), DataError("ragged"), KeyboardInterrupt()], ids=repr)
+def test_an_error_of_the_producer_is_raised_after_the_batches_before_it(error: BaseException) -> None:
+    source = Source(3, error)
+    read = []
+    with prefetched(source.batches()) as batches:
+        for _ in range(3):
+            read.append(next(batches))
+        with pytest.raises(type(error)) as raised:
+            next(batches)
+    assert raised.value is error
+    assert numbers(iter(read)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_leaving_the_block_early_closes_the_generator_in_its_own_thread(taken: int) -> None:
+    source = Source(1000)
+    with prefetched(source.batches(), depth=4) as batches:
+        for _ in range(taken):
+            next(batches)
+        assert source.made.acquire(timeout=10)
+    assert source.closed_in == "sparkdl-prefetch"
+    assert not [thread for thread in threading.enumerate() if thread.name == "sparkdl-prefetch"]
+
+
+def test_an_error_of_the_consumer_closes_the_generator() -> None:
+    source = Source(1000)
+    with pytest.raises(ZeroDivisionError), prefetched(source.batches()) as batches:
+        raise ZeroDivisionError(next(batches))
+    assert source.closed_in == "sparkdl-prefetch"
+
+
+def test_no_more_than_depth_batches_wait() -> None:
+    source = Source(1000)
+    with prefetched(source.batches(), depth=4) as batches:
+        for _ in range(5):  # four in the queue, and one that waits for room
+            assert source.made.acquire(timeout=10)
+        assert not source.made.acquire(timeout=0.2)
+        next(batches)
+        assert source.made.acquire(timeout=10)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+def test_windows_of_one_size_share_their_memory_and_batches_do_not(tmp_path: Path) -> None:
+    groups = write_staged(tmp_path / "even.parquet", consecutive([30, 30, 30]))
+    feed = _ShardFeed(FIELDS)
+    addresses, taken = set(), []
+    with PlannedReader(whole(groups), columns=FIELDS, decode=lambda table: decode(table, COLUMNS)) as reader:
+        for number in range(3):
+            feed.add(Window(30 * number, (number,), 30, (1, number)), reader)
+            (held, order) = feed._parts[-1]
+            assert len(order) == 30
+            addresses.add(tuple(held[field].data_ptr() for field in FIELDS))
+            taken += feed.take(25)  # what is left over is carried past the change of windows
+        taken += feed.take(15)
+    assert len(addresses) == 1
+    assert sorted(torch.cat([part["label_0"] for part in taken]).tolist()) == list(range(90))
+    for part in taken:
+        assert_rows(part["input_0"], part["label_0"], part["label_0"].tolist())
