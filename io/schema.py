@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VALIDATION",
+    "as_named",
     "decode",
     "encode",
     "resolve_column",
@@ -154,8 +155,9 @@ def encode(
         DataError: A null, a NaN or infinity, a ragged row or a bad label; names the column and shows the row.
     """
     arrays, fields, seen = [], [], {}
+    named = as_named(batch, columns)
     for column in columns:
-        values = to_array(batch.column(column.field), column, batch, (widths or {}).get(column.field))
+        values = to_array(batch.column(column.field), column, named, (widths or {}).get(column.field))
         seen[column.field] = values.shape[1] if values.ndim == 2 else 1
         array, kind = _cells(values)
         arrays.append(array)
@@ -169,7 +171,7 @@ def to_array(array: pa.Array, column: Column, batch: pa.RecordBatch | None = Non
     Args:
         array: The column, as Spark delivers it.
         column: What it is.
-        batch: The batch that it comes from, to show the offending row.
+        batch: The batch that it comes from, under the user's names, to show the offending row.
         width: Values that each row must have; None takes the first row's.
 
     Raises:
@@ -308,6 +310,12 @@ def _check_values(values: Array, column: Column, batch: pa.RecordBatch | None) -
             f"{column.name!r} must hold class numbers 0, 1, ..., but is {values[row]:g} in a row: "
             f"{show_row(batch, row)}. Index classes with pyspark.ml.feature.StringIndexer, or train a regressor."
         )
+
+
+def as_named(batch: pa.RecordBatch, columns: Columns) -> pa.RecordBatch:
+    """The columns of a batch under the names that the user knows, for messages."""
+    found = {column.field: column.name for column in columns}
+    return batch.select(list(found)).rename_columns(list(found.values()))
 
 
 def show_row(batch: pa.RecordBatch | None, row: int) -> str:

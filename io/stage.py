@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from sparkdl.config import Columns
 from sparkdl.errors import DataError
 from sparkdl.io.plan import RowGroup
-from sparkdl.io.schema import VALIDATION, encode, row_bytes, select_expressions, show_row
+from sparkdl.io.schema import VALIDATION, as_named, encode, row_bytes, select_expressions, show_row
 from sparkdl.storage import open_file_system
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _encode(batch: pa.RecordBatch, columns: Columns, facts: Facts) -> tuple[pa.T
         if column.validity == "class":
             found = pc.min_max(table.column(column.field)).as_py()
             labels = (int(found["min"]), int(found["max"]))
-    return table, Facts(widths, labels, show_row(batch, 0))
+    return table, Facts(widths, labels, facts.row or show_row(as_named(batch, columns), 0))
 
 
 def _train_mask(batch: pa.RecordBatch, columns: Columns) -> pa.Array | None:

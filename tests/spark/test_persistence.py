@@ -1,4 +1,4 @@
-"""Estimators and models on disk: what is written, that it comes back the same, and that no file makes Python run code."""
+"""Estimators and models on disk: what is written, that it comes back, and that no file makes Python run code."""
 
 import json
 import os
