@@ -22,7 +22,7 @@ from pyspark import cloudpickle, inheritable_thread_target
 from sparkdl.barrier.channel import ChannelAddress, Event, local_address, open_channel
 from sparkdl.barrier.context import FAILURE_NOTE, RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
-from sparkdl.barrier.preflight import check_executor_python, check_slots
+from sparkdl.barrier.preflight import check_executor_python, check_slots, is_local
 from sparkdl.barrier.rendezvous import error_of
 from sparkdl.errors import ConfigError, Failure, SparkdlError, TrainingFailedError
 
@@ -248,7 +248,7 @@ def _run_function(payload: bytes, rank: RankContext, batches: Iterator[pa.Record
 
 def _driver_host(spark: "SparkSession") -> str:
     """The driver's own address, as the executors know it."""
-    if (spark.conf.get("spark.master", "") or "").startswith("local"):
+    if is_local(spark):
         return "127.0.0.1"
     if hasattr(spark, "_jsparkSession"):
         return spark.conf.get("spark.driver.host") or "127.0.0.1"

@@ -4,13 +4,13 @@ Each finding is an error now instead of a stage that waits for ten minutes or di
 """
 
 import json
+import os
 import re
 import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyspark.errors import PySparkException
 from pyspark.sql import functions as F
 
 from sparkdl.errors import ExecutorPythonError, LaunchError, SlotsError
@@ -18,7 +18,7 @@ from sparkdl.errors import ExecutorPythonError, LaunchError, SlotsError
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["check_executor_python", "check_slots", "find_slots"]
+__all__ = ["check_executor_python", "check_slots", "find_slots", "is_local"]
 
 _NEEDED = ("torch", "pyarrow", "numpy", "pandas", "petastorm", "sparkdl")
 _checked: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()
@@ -36,6 +36,11 @@ def find_slots(spark: "SparkSession") -> int | None:
     return slots_of_master(spark.conf.get("spark.master", "") or "")
 
 
+def is_local(spark: "SparkSession") -> bool:
+    """True where driver and executor are one process (``local-cluster`` is not)."""
+    return slots_of_master(spark.conf.get("spark.master", "") or "") is not None
+
+
 def slots_of_master(master: str) -> int | None:
     """Slots that a master URL spells out.
 
@@ -44,8 +49,10 @@ def slots_of_master(master: str) -> int | None:
     """
     if master == "local":
         return 1
-    found = re.fullmatch(r"local\[(\d+)(?:,\s*\d+)?\]", master)
-    return int(found[1]) if found else None
+    found = re.fullmatch(r"local\[(\d+|\*)(?:,\s*\d+)?\]", master)
+    if found is None:
+        return None
+    return (os.cpu_count() or 1) if found[1] == "*" else int(found[1])
 
 
 def check_slots(spark: "SparkSession", num_train_workers: int) -> int | None:
@@ -58,7 +65,7 @@ def check_slots(spark: "SparkSession", num_train_workers: int) -> int | None:
         SlotsError: More ranks than slots; Spark itself would say so after ten silent minutes.
         LaunchError: Dynamic allocation is on, which Spark refuses for barrier stages.
     """
-    local = (spark.conf.get("spark.master", "") or "").startswith("local")
+    local = is_local(spark)
     if not local and (spark.conf.get("spark.dynamicAllocation.enabled", "false") or "").lower() == "true":
         raise LaunchError(
             f"numTrainWorkers={num_train_workers} runs in a barrier stage, which Spark does not start while dynamic "
@@ -88,12 +95,15 @@ def check_executor_python(spark: "SparkSession") -> None:
     advice = f"Set PYSPARK_PYTHON={sys.executable} before the session starts (or spark.pyspark.python in its conf)"
     try:
         row = spark.range(1).select(F.udf(_probe(), "string", useArrow=False)(F.lit(",".join(_NEEDED)))).first()
-    except PySparkException as error:
-        found = re.search(r"PYTHON_VERSION_MISMATCH\][^.]*?(\d+\.\d+)", str(error))
-        if "PYTHON_VERSION_MISMATCH" not in str(error):
-            raise ExecutorPythonError(
-                f"The executors' Python cannot run a plain function: {str(error).strip().splitlines()[0]}. {advice}."
-            ) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
+            raise
+        text = str(error)
+        found = re.search(r"PYTHON_VERSION_MISMATCH\][^.]*?(\d+\.\d+)", text)
+        if "PYTHON_VERSION_MISMATCH" not in text:
+            refused = re.search(r'Cannot run program "[^"]*"[^\n]*', text)
+            reason = refused[0] if refused else text.strip().partition("\n")[0]
+            raise ExecutorPythonError(f"The executors' Python cannot be started: {reason}. {advice}.") from None
         raise ExecutorPythonError(
             f"The executors run Python {found[1] if found else 'of another version'}, the driver "
             f"{sys.version_info.major}.{sys.version_info.minor}; Spark needs the same minor version. {advice}."

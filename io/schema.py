@@ -313,9 +313,9 @@ def _check_values(values: Array, column: Column, batch: pa.RecordBatch | None) -
 
 
 def as_named(batch: pa.RecordBatch, columns: Columns) -> pa.RecordBatch:
-    """The columns of a batch under the names that the user knows, for messages."""
+    """A batch with its columns under the names that the user knows, for messages."""
     found = {column.field: column.name for column in columns}
-    return batch.select(list(found)).rename_columns(list(found.values()))
+    return batch.rename_columns([found.get(name, name) for name in batch.schema.names])
 
 
 def show_row(batch: pa.RecordBatch | None, row: int) -> str:

@@ -213,10 +213,10 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         return ModuleReader(cls)
 
     def _saved_objects(self) -> dict[str, Any]:
-        return {name: self._value(name) for name in ("module", "loss", "optimizer")}
+        return {name: self._value(name) for name in ("module", "loss", "optimizer") if self.isSet(name)}
 
     def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
-        self._set(**{name: value for name, value in objects.items() if value is not None})
+        self._set(**objects)
 
 
 @accessors

@@ -12,12 +12,13 @@ import functools
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 from pyspark import cloudpickle
+from pyspark.errors import AnalysisException
 from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 from pyspark.sql import functions as F
 from torch import nn
@@ -72,16 +73,15 @@ class ModuleWriter(MLWriter):
             PersistenceError: Something can only be pickled, and that was not allowed.
         """
         instance, spark = self._instance, self.sparkSession
-        allow = self.optionMap.get("allowpickle", "false").lower() == "true"
         described: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         pickled: dict[str, Any] = {}
         for role, thing in instance._saved_objects().items():
             try:
                 described[role], weights = _describe(thing, role)
-            except PersistenceError:
-                if not allow:
-                    raise
+            except PersistenceError as error:
+                if not _pickle_allowed(self.optionMap, spark):
+                    raise PersistenceError(f"{error} (In a pipeline: the Spark conf {_ALLOW_CONF}=true.)") from error
                 described[role], weights = {"pickle": role}, None
                 pickled[role] = thing
             if weights is not None:
@@ -155,12 +155,17 @@ class ModuleReader(MLReader[Any]):
         return instance
 
     def _check_pickle(self, spark: "SparkSession", path: str, role: str) -> None:
-        conf = spark.conf.get(_ALLOW_CONF, "false") or "false"
-        if self._options.get("allowpickle", conf).lower() != "true":
+        if not _pickle_allowed(self._options, spark):
             raise PersistenceError(
                 f"The {role} in {path} was saved as a pickle, and unpickling runs code from the file. If you trust it, "
                 f'load with .read().option("allowPickle", "true"), or set {_ALLOW_CONF}=true for stages of a pipeline.'
             )
+
+
+def _pickle_allowed(options: Mapping[str, str], spark: "SparkSession") -> bool:
+    """Writers and readers of pipelines hand no options to their stages: those ask the session."""
+    conf = spark.conf.get(_ALLOW_CONF, "false") or "false"
+    return options.get("allowpickle", conf).lower() == "true"
 
 
 def _describe(thing: Any, role: str) -> tuple[dict[str, Any], bytes | None]:
@@ -225,7 +230,12 @@ def read_file(spark: "SparkSession", path: str) -> bytes:
     Raises:
         PersistenceError: There is no such file.
     """
-    row = spark.read.format("binaryFile").load(path).select(F.col("content")).first()
+    try:
+        row = spark.read.format("binaryFile").load(path).select(F.col("content")).first()
+    except AnalysisException as error:
+        if error.getCondition() != "PATH_NOT_FOUND":
+            raise
+        row = None
     if row is None:
         raise PersistenceError(f"{path} is missing; the save was not completed.")
     return bytes(row[0])

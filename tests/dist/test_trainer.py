@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 ROWS, BATCH, EPOCHS = 40, 10, 3
 # Rows of each rank in each step: even, none on one rank, uneven, none on the other.
 SLICES = ((5, 5), (10, 0), (3, 7), (0, 10))
-IGNORED = -100
+PLAN = ShardPlan((ROWS // 2, ROWS // 2), BATCH)
+CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
 def rows_of(seed: int, rows: int) -> Batch:
@@ -68,24 +69,19 @@ class Case:
         module: Makes the module.
         loss: Called with (output, label).
         weighted: True where rows have weights.
-        ignored: Labels of every so many rows are to be ignored; 0 for none.
         micro_batch_size: As in `TrainConfig`.
         optimizer: As in `OptimizerRecipe`.
     """
 
     module: Callable[[], nn.Module] = mlp
-    loss: Callable[..., Tensor] = nn.CrossEntropyLoss()
+    loss: Callable[..., Tensor] = CROSS_ENTROPY
     weighted: bool = False
-    ignored: int = 0
     micro_batch_size: int | None = None
     optimizer: tuple[str, float, tuple[tuple[str, Any], ...]] = ("sgd", 0.3, (("momentum", 0.9),))
 
     def rows(self, seed: int, rows: int) -> Batch:
         batch = rows_of(seed, rows)
-        labels = batch.labels[0].clone()
-        if self.ignored:
-            labels[:: self.ignored] = IGNORED
-        return replace(batch, labels=(labels,), weight=batch.weight if self.weighted else None)
+        return batch if self.weighted else replace(batch, weight=None)
 
     def recipe(self) -> OptimizerRecipe:
         name, rate, params = self.optimizer
@@ -97,7 +93,7 @@ CASES = {
     "row weights": Case(weighted=True),
     "accumulated gradients": Case(micro_batch_size=2),
     "accumulated gradients of weighted rows": Case(micro_batch_size=3, weighted=True),
-    "ignored rows": Case(loss=nn.CrossEntropyLoss(ignore_index=IGNORED), ignored=3, micro_batch_size=4),
+    "ignored rows": Case(loss=nn.CrossEntropyLoss(ignore_index=0), micro_batch_size=4),
     "class weights": Case(
         loss=nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)), weighted=True
     ),
@@ -118,7 +114,7 @@ class HandMade:
 
     case: Case
     rank: int
-    plan: ShardPlan = ShardPlan((ROWS // 2, ROWS // 2), BATCH)
+    plan: ShardPlan = PLAN
 
     @contextlib.contextmanager
     def open_epoch(self, epoch: int) -> Iterator[Iterator[Batch]]:
@@ -141,6 +137,11 @@ def global_batches(case: Case, epoch: int) -> Sequence[Batch]:
     return [cut(rows, start, start + BATCH) for start in range(0, ROWS, BATCH)]
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """All weights, by name."""
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
 # ---- in the ranks ----------------------------------------------------------------------------------------------------
 def train(case: Case, events: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """One fit of this rank."""
@@ -157,19 +158,15 @@ def train(case: Case, events: list[dict[str, Any]] | None = None) -> dict[str, A
         strategy, objective, config, device=torch.device("cpu"), has_validation=True, report=report
     )  # fmt: skip
     history = trainer.fit(HandMade(case, dist.get_rank()))
-    weights = {name: value.detach().clone() for name, value in strategy.module.named_parameters()}
     strategy.close()
-    return {"weights": weights, "history": history}
+    return {"weights": weights_of(strategy.module), "history": history}
 
 
 def train_all() -> dict[str, Any]:
     """Every case in turn, in one group of ranks."""
     results: dict[str, Any] = {name: train(case) for name, case in CASES.items()}
     events: list[dict[str, Any]] = []
-    results["noisy"] = [
-        train(Case(module=noisy, micro_batch_size=4), events),
-        train(Case(module=noisy, micro_batch_size=4)),
-    ]
+    results["noisy"] = [train(Case(module=noisy), events), train(Case(module=noisy))]
     results["events"] = events
     return results
 
@@ -182,11 +179,10 @@ def row_losses(case: Case, module: nn.Module, batch: Batch) -> tuple[Tensor, Ten
     if case.loss is squared_error:
         return (weight * (outputs[:, 0] - labels.double()) ** 2).sum(), weight.sum()
     assert isinstance(case.loss, nn.CrossEntropyLoss)
-    weight = weight * (labels != IGNORED)
-    kept = torch.where(labels == IGNORED, 0, labels)
+    weight = weight * (labels != case.loss.ignore_index)
     if case.loss.weight is not None:
-        weight = weight * case.loss.weight[kept]
-    return -(weight * outputs.log_softmax(1)[torch.arange(len(kept)), kept]).sum(), weight.sum()
+        weight = weight * case.loss.weight[labels]
+    return -(weight * outputs.log_softmax(1)[torch.arange(len(labels)), labels]).sum(), weight.sum()
 
 
 def train_plainly(case: Case) -> dict[str, Any]:
@@ -206,7 +202,7 @@ def train_plainly(case: Case) -> dict[str, Any]:
         with torch.no_grad():
             losses, denominator = row_losses(case, module, case.rows(99, 12))
         history.append({"loss": total / divisor, "validation_loss": (losses / denominator).item()})
-    return {"weights": dict(module.named_parameters()), "history": history}
+    return {"weights": weights_of(module), "history": history}
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -219,7 +215,7 @@ def results(torchrun: Torchrun) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_end_with_the_weights_of_one_plain_process(results: list[dict[str, Any]], name: str) -> None:
     expected = train_plainly(CASES[name])
-    start = dict(CASES[name].module().named_parameters())
+    start = weights_of(CASES[name].module())
     for key, value in expected["weights"].items():
         found = results[0][name]["weights"][key]
         assert float((found - value).norm() / value.norm()) <= 1e-6, key
@@ -255,6 +251,18 @@ def test_random_layers_draw_the_same_numbers_in_the_same_run_again(results: list
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key])
     assert [record["loss"] for record in first["history"]] == [record["loss"] for record in second["history"]]
+
+
+@pytest.mark.parametrize(("rows", "at_most"), [(5, 4), (9, 4), (129, 64), (8, 4), (3, 4), (0, 4), (7, 1)])
+def test_micro_batches_of_a_share_are_as_even_as_can_be(rows: int, at_most: int) -> None:
+    share = rows_of(0, rows)
+    parts = list(share.split(at_most))
+    sizes = [part.rows for part in parts]
+    assert max(sizes) - min(sizes) <= 1, "BatchNorm refuses a rest of one row"
+    assert max(sizes) <= at_most
+    assert len(sizes) == max(1, -(-rows // at_most))
+    assert torch.equal(torch.cat([part.inputs[0] for part in parts]), share.inputs[0])
+    assert torch.equal(torch.cat([part.weight for part in parts if part.weight is not None]), share.weight)
 
 
 def test_every_epoch_is_reported_with_its_losses(results: list[dict[str, Any]]) -> None:

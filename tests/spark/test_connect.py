@@ -45,7 +45,7 @@ after = predictions(loaded)
 
 staged = Pipeline(stages=[assembler, classifier(stagingDir=os.path.join(folder, "staging"))]).fit(df)
 try:
-    classifier(labelCol="nothing").fit(df)
+    classifier(featuresCol="x", labelCol="nothing").fit(df)
     refusal = None
 except sparkdl.SparkdlError as error:
     refusal = str(error)

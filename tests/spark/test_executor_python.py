@@ -35,7 +35,10 @@ print(json.dumps({
     "launch": told(lambda: sparkdl.launch(abs, -1, num_train_workers=1)),
 }))
 """
-FIX = rf"Set PYSPARK_PYTHON={re.escape(sys.executable)} before the session starts \(or spark\.pyspark\.python in its conf\)"
+FIX = (
+    rf"Set PYSPARK_PYTHON={re.escape(sys.executable)} before the session starts "
+    r"\(or spark\.pyspark\.python in its conf\)"
+)
 
 
 def errors_of(folder: Path, **environment: str) -> dict[str, tuple[str, str]]:
@@ -87,8 +90,8 @@ def test_a_python3_on_the_path_without_packages_is_named_with_the_line_that_fixe
         kind, message = told[name]
         assert kind == "ExecutorPythonError", message
         assert re.fullmatch(
-            rf"The executors' Python \({re.escape(str(bare_python))}, [\d.]+\) cannot import torch, pyarrow, numpy, pandas, "
-            rf"petastorm, sparkdl. {FIX}, or install them there: pip install sparkdl-torch.",
+            rf"The executors' Python \({re.escape(str(bare_python))}, [\d.]+\) cannot import torch, pyarrow, numpy, "
+            rf"pandas, petastorm, sparkdl. {FIX}, or install them there: pip install sparkdl-torch.",
             message,
         )
 

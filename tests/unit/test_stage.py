@@ -189,7 +189,7 @@ def test_widths_and_the_range_of_labels_are_learnt_over_all_batches() -> None:
     with open_spool(iter(batches), CLASSES, (0,)) as spool:
         facts = spool.facts
     assert (facts.widths, facts.labels) == ({"input_0": 3, "label_0": 1, "weight": 1}, (1, 5))
-    assert json.loads(facts.row)["label_0"] == 3.0, "a row to show, should another rank's rows not fit"
+    assert json.loads(facts.row)["clicked"] == 3.0, "a row to show, should another rank's rows not fit"
 
 
 def test_facts_know_no_label_range_where_labels_are_not_classes() -> None:
