@@ -38,12 +38,13 @@ class Batch:
         )
 
     def split(self, rows: int | None) -> Iterator["Batch"]:
-        """Micro-batches of at most ``rows`` rows, in order; one empty batch stays one empty batch."""
+        """Micro-batches of at most ``rows`` rows, in order and as even as can be; an empty batch stays one."""
         if rows is None or self.rows <= rows:
             yield self
             return
-        for start in range(0, self.rows, rows):
-            part = slice(start, start + rows)
+        pieces = -(-self.rows // rows)
+        for piece in range(pieces):
+            part = slice(piece * self.rows // pieces, (piece + 1) * self.rows // pieces)
             yield replace(
                 self,
                 inputs=tuple(tensor[part] for tensor in self.inputs),

@@ -357,7 +357,7 @@ ON_X: dict[str, Any] = {"featuresCol": "x", "module": nn.Linear(1, 2)}
 
 CASES = {
     "null labels": Case(
-        r"'label' is null in 2 of 4 rows; the first: \{.*\}. Drop such rows",
+        r"'label' is null in 2 of 4 rows; the first: \{.point.: .*.label.: null\}\. Drop such rows",
         rows_of(0.0, None, 1.0, None),
         POINTS,
         ON_POINTS,
@@ -417,7 +417,7 @@ CASES = {
         staged=True,
     ),
     "arrays of several lengths": Case(
-        r"'list' has 2 values in earlier rows, but 3 in this one: \{.*\[7.0, 8.0, 9.0\].*\}. .*pad or cut",
+        r"'list' has 2 values in earlier rows, but 3 in this one: \{.list.: \[7.0, 8.0, 9.0\].*\}. .*pad or cut",
         [([1.0, 2.0], 0.0), ([3.0, 4.0], 1.0), ([7.0, 8.0, 9.0], 0.0)],
         LISTS,
         ON_LISTS,
@@ -444,7 +444,7 @@ CASES = {
         staged=True,
     ),
     "negative weights": Case(
-        r"'x' is negative in a row: \{.*-0.25.*\}. Weights are >= 0",
+        r"'x' is negative in a row: \{.*.x.: -0.25\}. Weights are >= 0",
         [(0.0, 1.0, False), (1.0, -0.25, False)],
         FLAGGED,
         {"featuresCol": "label", "weightCol": "x", "module": nn.Linear(1, 2)},

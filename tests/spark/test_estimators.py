@@ -307,7 +307,7 @@ def test_transform_starts_no_job_and_is_pruned_where_its_output_is_not_used(
 
 def test_only_needed_columns_cross_to_python(flower_model: TorchClassificationModel, flowers: DataFrame) -> None:
     """An interval has no place in Arrow: a row that carries one fails as soon as it crosses. (fit met it, too.)"""
-    with pytest.raises(PySparkException, match="(?i)interval"):
+    with pytest.raises(PySparkException, match=r"(?i)interval"):
         flowers.select("gap").toArrow()
     found = flower_model.transform(flowers).selectExpr("id", "gap", "`pre.diction`")
     # The cast stays above the Python evaluation, which the filter on its result keeps in place.
