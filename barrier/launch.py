@@ -142,7 +142,7 @@ def _collect(job: "DataFrame", *, tag: str, give_up: threading.Event) -> pa.Tabl
 
     def collect() -> None:
         try:
-            spark.addTag(tag)
+            _add_tag(spark, tag)
             done.set_result(job.toArrow())
         except BaseException as error:
             done.set_exception(error)
@@ -154,12 +154,31 @@ def _collect(job: "DataFrame", *, tag: str, give_up: threading.Event) -> pa.Tabl
             thread.join(timeout=0.2)
         thread.join(timeout=_GRACE_SECONDS)
         if not done.done():
-            spark.interruptTag(tag)
+            _interrupt(spark, tag)
     except BaseException:
-        spark.interruptTag(tag)
+        _interrupt(spark, tag)
         raise
     thread.join()
     return done.result()
+
+
+def _add_tag(spark: "SparkSession", tag: str) -> None:
+    """Tag the jobs of this thread.
+
+    On classic Spark the context does it: once the session's own addTag was called, the session no longer serialises,
+    and with it no MLlib model that holds a training summary.
+    """
+    if hasattr(spark, "_jsparkSession"):
+        spark.sparkContext.addJobTag(tag)
+    else:
+        spark.addTag(tag)
+
+
+def _interrupt(spark: "SparkSession", tag: str) -> None:
+    if hasattr(spark, "_jsparkSession"):
+        spark.sparkContext.cancelJobsWithTag(tag)
+    else:
+        spark.interruptTag(tag)
 
 
 def new_run_id() -> str:

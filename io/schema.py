@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyspark.sql.types import DataType
 
 __all__ = [
+    "SHARD",
     "VALIDATION",
     "as_named",
     "decode",
@@ -43,7 +44,7 @@ __all__ = [
     "to_array",
 ]
 
-VALIDATION = "validation"
+SHARD, VALIDATION = "shard", "validation"  # columns that travel beside those of the user
 Array = npt.NDArray[Any]
 _VALUES = b"sparkdl.values"  # Parquet field metadata: dtype of the values in a fixed-size binary cell
 _MOST_CLASSES = 1 << 31
@@ -314,8 +315,10 @@ def _check_values(values: Array, column: Column, batch: pa.RecordBatch | None) -
 
 def as_named(batch: pa.RecordBatch, columns: Columns) -> pa.RecordBatch:
     """A batch with its columns under the names that the user knows, for messages."""
-    found = {column.field: column.name for column in columns}
-    return batch.rename_columns([found.get(name, name) for name in batch.schema.names])
+    flag = () if columns.validation is None else (columns.validation,)
+    found = {column.field: column.name for column in (*columns, *flag)}
+    kept = [name for name in batch.schema.names if name != SHARD]
+    return batch.select(kept).rename_columns([found.get(name, name) for name in kept])
 
 
 def show_row(batch: pa.RecordBatch | None, row: int) -> str:

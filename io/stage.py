@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from sparkdl.config import Columns
 from sparkdl.errors import DataError
 from sparkdl.io.plan import RowGroup
-from sparkdl.io.schema import VALIDATION, as_named, encode, row_bytes, select_expressions, show_row
+from sparkdl.io.schema import SHARD, VALIDATION, as_named, encode, row_bytes, select_expressions, show_row
 from sparkdl.storage import open_file_system
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ __all__ = [
     "window_rows",
 ]
 
-SHARD = "shard"
 _ROW_GROUP_BYTES = 8 << 20
 _STAGED_SCHEMA = "facts string"
 

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
+from pyspark.ml.classification import LogisticRegression
+from pyspark.ml.linalg import Vectors
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -207,3 +209,12 @@ def test_a_stage_of_another_size_than_asked_does_not_train(spark: SparkSession) 
     source = spark.range(2).repartitionById(2, F.col("id").cast("int"))
     with pytest.raises(LaunchError, match=r"3 barrier tasks were asked for, but Spark started 2"):
         launch_stage(source, OtherTorch(), world_size=3, run_id=new_run_id())
+
+
+def test_mllib_models_with_a_summary_still_transform_after_a_launch(spark: SparkSession) -> None:
+    """A session that was tagged itself can no longer be serialised, and such a model holds the session."""
+    rows = [(Vectors.dense([float(number % 5), float(number % 3)]), float(number % 2)) for number in range(20)]
+    data = spark.createDataFrame(rows, ["features", "label"])
+    model = LogisticRegression(maxIter=2).fit(data)
+    assert sparkdl.launch(dist.get_rank, num_train_workers=2, spark=spark) == [0, 1]
+    assert len(model.transform(data).select("probability").collect()) == len(rows)
