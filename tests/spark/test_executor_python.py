@@ -7,22 +7,20 @@ import shutil
 import subprocess
 import sys
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(200)]
 
-# What a newcomer runs: a session, a fit, a launch. Prints what each of the two raised.
+# What a newcomer runs: a session, a fit, a launch; here once for each Python that the executors are given (None: Spark's
+# choice), in sessions one after the other. Prints what each of the two raised.
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pyspark.sql import SparkSession, functions as F
 from torch import nn
 import sparkdl
-
-builder = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
-spark = builder.config("spark.driver.host", "127.0.0.1").config("spark.log.level", "OFF").getOrCreate()
-df = spark.range(8).select(F.array(F.col("id").cast("float")).alias("features"), (F.col("id") % 2).alias("label"))
 
 def told(run):
     try:
@@ -30,35 +28,27 @@ def told(run):
     except Exception as error:
         return [type(error).__name__, str(error)]
 
-print(json.dumps({
-    "fit": told(lambda: sparkdl.TorchClassifier(module=nn.Linear(1, 2), maxEpochs=1).fit(df)),
-    "launch": told(lambda: sparkdl.launch(abs, -1, num_train_workers=1)),
-}))
+def run_with(python):
+    os.environ.pop("PYSPARK_PYTHON", None)
+    if python is not None:
+        os.environ["PYSPARK_PYTHON"] = python
+    builder = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
+    spark = builder.config("spark.driver.host", "127.0.0.1").config("spark.log.level", "OFF").getOrCreate()
+    df = spark.range(8).select(F.array(F.col("id").cast("float")).alias("features"), (F.col("id") % 2).alias("label"))
+    try:
+        return [
+            told(lambda: sparkdl.TorchClassifier(module=nn.Linear(1, 2), maxEpochs=1).fit(df)),
+            told(lambda: sparkdl.launch(abs, -1, num_train_workers=1)),
+        ]
+    finally:
+        spark.stop()
+
+print(json.dumps([run_with(python) for python in json.loads(sys.argv[1])]))
 """
 FIX = (
     rf"Set PYSPARK_PYTHON={re.escape(sys.executable)} before the session starts "
     r"\(or spark\.pyspark\.python in its conf\)"
 )
-
-
-def errors_of(folder: Path, **environment: str) -> dict[str, tuple[str, str]]:
-    """What `fit` and `launch` raise in a driver process of its own: class and message."""
-    script = folder / "newcomer.py"
-    script.write_text(SCRIPT)
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYSPARK", "SPARK", "PYTHONPATH"))
-    }
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**kept, **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {name: tuple(told) for name, told in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def other_python() -> str | None:
@@ -74,48 +64,66 @@ def other_python() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Told:
+    """What `fit` and `launch` raised, as (class, message), for each executors' Python."""
+
+    bare: Path
+    missing: Path
+    by_python: dict[str, list[tuple[str, str]]]
+
+
 @pytest.fixture(scope="module")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python of the driver's version without a single package."""
-    folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False, symlinks=True)
-    return folder / "bin" / "python3"
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """A driver in the tests' environment whose PATH begins with a Python of the same version without a package."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    venv.create(folder / "bare", with_pip=False, symlinks=True)
+    bare, missing = folder / "bare" / "bin" / "python3", folder / "no" / "such" / "python"
+    script = folder / "newcomer.py"
+    script.write_text(SCRIPT)
+    ours = ("PYSPARK", "SPARK", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    pythons = {"path": None, "missing": str(missing), "other": other_python()}
+    asked = {name: python for name, python in pythons.items() if name == "path" or python is not None}
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(list(asked.values()))],
+        env={**kept, "PATH": f"{bare.parent}{os.pathsep}{os.environ['PATH']}"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return Told(
+        bare, missing, {name: [tuple(entry) for entry in answer] for name, answer in zip(asked, answers, strict=True)}
+    )
 
 
-def test_a_python3_on_the_path_without_packages_is_named_with_the_line_that_fixes_it(
-    bare_python: Path, tmp_path: Path
-) -> None:
-    told = errors_of(tmp_path, PATH=f"{bare_python.parent}{os.pathsep}{os.environ['PATH']}")
-    for name in ("fit", "launch"):
-        kind, message = told[name]
+def test_a_python3_on_the_path_without_packages_is_named_with_the_line_that_fixes_it(told: Told) -> None:
+    sentence = (
+        rf"The executors' Python \({re.escape(str(told.bare))}, [\d.]+\) cannot import torch, pyarrow, numpy, pandas, "
+        rf"petastorm, sparkdl. {FIX}, or install them there: pip install sparkdl-torch."
+    )
+    for kind, message in told.by_python["path"]:
         assert kind == "ExecutorPythonError", message
-        assert re.fullmatch(
-            rf"The executors' Python \({re.escape(str(bare_python))}, [\d.]+\) cannot import torch, pyarrow, numpy, "
-            rf"pandas, petastorm, sparkdl. {FIX}, or install them there: pip install sparkdl-torch.",
-            message,
-        )
+        assert re.fullmatch(sentence, message)
 
 
-def test_a_python_of_another_version_is_one_sentence(tmp_path: Path) -> None:
-    other = other_python()
-    if other is None:
+def test_a_python_of_another_version_is_one_sentence(told: Told) -> None:
+    if "other" not in told.by_python:
         pytest.skip("no Python of another minor version on this machine")
-    told = errors_of(tmp_path, PYSPARK_PYTHON=other)
-    for name in ("fit", "launch"):
-        kind, message = told[name]
+    mine = rf"{sys.version_info.major}\.{sys.version_info.minor}"
+    sentence = rf"The executors run Python 3\.\d+, the driver {mine}; Spark needs the same minor version. {FIX}."
+    for kind, message in told.by_python["other"]:
         assert kind == "ExecutorPythonError", message
-        mine = rf"{sys.version_info.major}\.{sys.version_info.minor}"
-        assert re.fullmatch(
-            rf"The executors run Python 3\.\d+, the driver {mine}; Spark needs the same minor version. {FIX}.", message
-        )
+        assert re.fullmatch(sentence, message)
 
 
-def test_a_python_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
-    missing = tmp_path / "no" / "such" / "python"
-    told = errors_of(tmp_path, PYSPARK_PYTHON=str(missing), PYSPARK_DRIVER_PYTHON=sys.executable)
-    for name in ("fit", "launch"):
-        kind, message = told[name]
+def test_a_python_that_does_not_exist_is_one_sentence(told: Told) -> None:
+    for kind, message in told.by_python["missing"]:
         assert kind == "ExecutorPythonError", message
         assert "\n" not in message
-        assert re.search(re.escape(str(missing)), message)
+        assert str(told.missing) in message
         assert re.search(FIX, message)
