@@ -15,6 +15,10 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
+
+# Its functions have the default group as default argument: imported while a group is up (and the first optimizer
+# imports it), it would keep that group, its sockets included, for the life of the Python worker.
+import torch.distributed.nn.functional
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 

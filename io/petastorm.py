@@ -6,6 +6,7 @@ bounded buffer until their turn, so that 1 and 8 threads give the same sequence,
 error with a name instead of a shorter epoch.
 """
 
+import random
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from petastorm.reader import Reader
-from petastorm.workers_pool import EmptyResultError
+from petastorm.workers_pool import EmptyResultError, thread_pool
 from petastorm.workers_pool.thread_pool import ThreadPool
 from petastorm.workers_pool.ventilator import ConcurrentVentilator
 from petastorm.workers_pool.worker_base import WorkerBase
@@ -24,6 +25,8 @@ from sparkdl.io.plan import Piece
 from sparkdl.storage import open_file_system
 
 __all__ = ["PlannedReader"]
+
+thread_pool.random = random.Random(0)  # it draws a seed for every pool; not from the generator of the user's module
 
 Decode = Callable[[pa.Table], Any]
 _VENTILATION_SECONDS = 0.001
