@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/flight_delays"))
     parser.add_argument("--verify", type=Path, help="only check the pipeline saved in this folder")
     args = parser.parse_args()
-    conf = {
+    conf: dict[str, bool | float | int | str | None] = {
         "spark.sql.session.timeZone": "America/New_York",  # days are those of the flights
         "spark.sql.shuffle.partitions": 8,
         "spark.ui.showConsoleProgress": False,
@@ -87,8 +87,8 @@ def demo(spark: SparkSession, output: Path) -> None:
         areas = {name: evaluate(frame) for name, frame in scored.items()}
     with timed("Saved the pipeline, and checked it in a new process"):
         model.write().overwrite().save(str(output / "model"))
-        sample = held_out.sample(0.1, seed=0)
-        expected = score(model, sample, *(set(sample.columns) - {"label"}))
+        sample = held_out.sample(fraction=0.1, seed=0)
+        expected = score(model, sample, *(name for name in sample.columns if name != "label"))
         expected.drop("rawPrediction").write.mode("overwrite").parquet(str(output / "sample"))
         verify_in_new_process(output)
     late = {name: frame.select("label", "late").toPandas() for name, frame in scored.items()}
@@ -139,7 +139,7 @@ def network() -> TorchClassifier:
 
 
 def score(model: PipelineModel, flights: DataFrame, *keep: str) -> DataFrame:
-    late = vector_to_array("probability")[1].alias("late")
+    late = vector_to_array(F.col("probability"))[1].alias("late")
     return model.transform(flights).select("label", "rawPrediction", late, *keep)
 
 
@@ -155,7 +155,7 @@ def verify(spark: SparkSession, output: Path) -> None:
     """Compares what the saved pipeline predicts with what the fitted one did."""
     sample = spark.read.parquet(str(output / "sample"))
     model = PipelineModel.load(str(output / "model"))
-    again = vector_to_array("probability")[1]
+    again = vector_to_array(F.col("probability"))[1]
     differences = model.transform(sample).select(F.abs(again - F.col("late")).alias("difference"))
     [(rows, worst)] = differences.agg(F.count("*"), F.max("difference")).collect()
     print(f"  {rows:>9,} flights scored again; probabilities differ by {worst:.1g} at most")
@@ -173,8 +173,10 @@ def draw(
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(history) + 1)
-    left.plot(epochs, [epoch["loss"] for epoch in history], "o-", label="training")
-    left.plot(epochs, [epoch["validation_loss"] for epoch in history], "o-", label="validation")
+    left.plot(epochs, [epoch["loss"] for epoch in history], "o-", label="training: to each 25th")
+    left.plot(
+        epochs, [epoch["validation_loss"] for epoch in history], "o-", label="validation: last days of the months"
+    )
     left.set(title="Loss of the network", xlabel="epoch", ylabel="cross-entropy")
     for (name, frame), style in zip(late.items(), ("-", "--"), strict=True):
         label = frame.sort_values("late", ascending=False)["label"].to_numpy()

@@ -45,7 +45,7 @@ from sparkdl.params import (
 from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
 from sparkdl.progress import Progress
 from sparkdl.serialization import load_weights
-from sparkdl.task import RankResult, run_rank
+from sparkdl.task import RankResult, has_lazy_parts, materialise, run_rank
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -117,6 +117,8 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         seconds: float,
     ) -> M:
         first = results[0]
+        if has_lazy_parts(module):
+            materialise(module, columns.inputs, first.widths)
         load_weights(module, first.weights)
         model = self._model_class()
         model._resetUid(self.uid)

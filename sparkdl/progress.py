@@ -1,6 +1,8 @@
 """One progress bar on the driver, fed by what the ranks report."""
 
 import logging
+import os
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +23,7 @@ class Progress:
     """
 
     def __init__(self, *, shown: bool) -> None:
-        self._shown = shown
+        self._shown = shown and (is_notebook() or is_terminal())
         self._bar: tqdm[Any] | None = None
         self._steps = 0
         self.plan: dict[str, Any] = {}
@@ -54,8 +56,7 @@ class Progress:
                 event["steps"],
             )
             if self._shown:
-                # None: no bar where the output is not a terminal.
-                self._bar = tqdm(total=event["epochs"] * event["steps"], unit="step", disable=None, dynamic_ncols=True)
+                self._bar = tqdm(total=event["epochs"] * event["steps"], unit="step", dynamic_ncols=True)
         elif kind == "step":
             self._advance((event["epoch"] - 1) * self._steps + event["step"], event["epoch"], event["loss"])
         elif kind == "epoch":
@@ -77,3 +78,21 @@ class Progress:
             shown["validation"] = f"{validation_loss:.4g}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(max(0, step - self._bar.n))
+
+
+def is_notebook() -> bool:
+    """True where tqdm draws its notebook bar."""
+    return any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+
+
+def is_terminal() -> bool:
+    """True where what this process prints to stderr ends on a terminal."""
+    if sys.stderr.isatty():
+        return True
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        return False
+    # spark-submit runs Python behind a pipe, and copies what it prints to its own output.
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False

@@ -4,18 +4,19 @@ import contextlib
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
 from sparkdl.barrier.rendezvous import Entry, error_of
-from sparkdl.config import Columns, RunSpec
+from sparkdl.config import Column, Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
 from sparkdl.io.batches import RankData
 from sparkdl.io.plan import Piece, RowGroup, ShardPlan, plan_pieces, shards_of
@@ -27,7 +28,7 @@ from sparkdl.parallel import DataParallel
 from sparkdl.serialization import dump_weights
 from sparkdl.trainer import History, Trainer
 
-__all__ = ["RankResult", "run_rank"]
+__all__ = ["RankResult", "has_lazy_parts", "materialise", "run_rank"]
 
 _CHUNK_BYTES = 4 << 20
 
@@ -126,7 +127,7 @@ def run_rank(
         data = source.rank_data(ready.spool, entries, facts, pin=ready.device.type == "cuda")
         module, objective, device = ready.module, ready.objective, ready.device
         if ready.spool.sample is None:  # a rank without rows still needs a module of the right shape
-            _materialise(module, columns, facts)
+            materialise(module, columns.inputs, [facts.widths[column.field] for column in columns.inputs])
 
         threads = thread_count(
             cores=available_cores(), local_world_size=rank.world.local_world_size, task_cpus=rank.task_cpus
@@ -288,8 +289,7 @@ def _try_forward(module: nn.Module, objective: Objective, sample: pa.Table, colu
     inputs = tuple(tensors[column.field] for column in columns.inputs)
     targets = tuple(tensors[column.field] for column in columns.labels)
     weight = tensors[columns.weight.field] if columns.weight is not None else None
-    lazy = any(isinstance(value, nn.parameter.UninitializedParameter) for value in module.parameters())
-    if lazy:
+    if has_lazy_parts(module):
         _forward(module.eval(), inputs)
         module.train()
     trial = copy.deepcopy(module).eval()
@@ -331,14 +331,19 @@ def _check_classes(spec: RunSpec, classes: int, facts: Facts) -> None:
         raise ConfigError(f"thresholds has {spec.thresholds} values for {classes} classes. Give one per class.")
 
 
-def _materialise(module: nn.Module, columns: Columns, facts: Facts) -> None:
-    """Give lazy modules their shapes on a rank that has no row to show them."""
-    inputs = tuple(
-        torch.zeros((2,) if column.flat else (2, facts.widths[column.field]), dtype=getattr(torch, column.dtype))
-        for column in columns.inputs
+def has_lazy_parts(module: nn.Module) -> bool:
+    """True where some part of a module waits for its first input to learn its shapes."""
+    return any(isinstance(part, LazyModuleMixin) for part in module.modules())
+
+
+def materialise(module: nn.Module, inputs: Sequence[Column], widths: Sequence[int]) -> None:
+    """Give lazy modules their shapes where there is no row to show them."""
+    zeros = tuple(
+        torch.zeros((2,) if column.flat else (2, width), dtype=getattr(torch, column.dtype))
+        for column, width in zip(inputs, widths, strict=True)
     )
     with torch.no_grad():
-        _forward(module.eval(), inputs)
+        _forward(module.eval(), zeros)
 
 
 def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: int, data: RankData) -> None:

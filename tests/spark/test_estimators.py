@@ -372,6 +372,7 @@ def test_one_logit_is_the_score_of_class_one(one_logit_model: TorchClassificatio
     assert_rows_close([row["probability"] for row in rows], torch.stack([(-logits).sigmoid(), logits.sigmoid()], 1))
     assert [row["prediction"] for row in rows] == (logits > 0).double().tolist()
     assert (model.numClasses, model.numFeatures) == (2, 3)
+    assert type(model.module) is nn.Linear, "the lazy layer knows its shape, and can be saved"
     assert model.predict(pair(5)[1]) == rows[5]["prediction"]
     assert_rows_close([model.predictRaw(pair(5)[1])], [rows[5]["rawPrediction"].toArray()])
     assert 0 <= BinaryClassificationEvaluator().evaluate(found) <= 1
