@@ -222,7 +222,9 @@ def spool_directories(spark: SparkSession) -> list[Path]:
     """Where Spark lets its tasks keep local files, as a task is told."""
     ask = F.udf(lambda _: os.environ["SPARK_LOCAL_DIRS"], "string")
     (answer,) = spark.range(1).select(ask("id")).first()
-    return [Path(entry) for entry in answer.split(",")]
+    folders = [Path(entry) for entry in answer.split(",")]
+    assert all(folder.is_dir() for folder in folders)
+    return folders
 
 
 def stray_files(spark: SparkSession) -> list[Path]:
