@@ -10,7 +10,7 @@ from typing import Any
 import pyspark
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
 
 # Two executors of one slot each; the same once more with dynamic allocation.
 SCRIPT = """

@@ -199,7 +199,7 @@ def test_class_labels_are_known_over_all_partitions(spark: SparkSession, folder:
 def test_rows_that_cannot_be_trained_on_are_a_data_error(spark: SparkSession, tmp_path: Path) -> None:
     bad = F.when(F.col("number") == 57, F.lit(float("nan")).cast("float")).otherwise(F.lit(0.5).cast("float"))
     df = in_partitions(spark, [30, 30, 30]).withColumn("features", F.array(F.lit(1.0).cast("float"), bad))
-    with pytest.raises(DataError, match=r"^'features' is NaN or infinite in 1 of 30 rows.*\"label_0\": 57.*Imputer"):
+    with pytest.raises(DataError, match=r"^'features' is NaN or infinite in 1 of 30 rows.*\"number\": 57.*Imputer"):
         stage_dataset(df, COLUMNS, f"{tmp_path}/staged")
 
 
