@@ -213,8 +213,11 @@ def train(
             losses.append(loss.item())
         seconds = time.perf_counter() - start
         history.append({"rows": rows, "seconds": seconds, "loss": statistics.fmean(losses)})
+    weights = model.module.state_dict()
+    # DDP must go before its group: freed after it, it can hang for ever (see DataParallel.close in sparkdl.parallel).
+    del model.reducer, model.logger, model, loss
     torch.distributed.destroy_process_group()
-    return model.module.state_dict(), history
+    return weights, history
 
 
 # Running and reporting.
