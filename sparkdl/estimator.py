@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -172,11 +173,13 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
     def _check_loss(self, loss: Callable[..., Any]) -> None:
         """Refuse losses that make no sense for this kind of estimator."""
 
+    @abstractmethod
     def _output_names(self) -> list[str]:
-        raise NotImplementedError
+        """Columns that the model will add."""
 
+    @abstractmethod
     def _label_columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> list[Column]:
-        raise NotImplementedError
+        """The labels, checked, in the order in which the loss gets them."""
 
     def _columns(self, dataset: "DataFrame", floating: str, loss: Callable[..., Any]) -> Columns:
         several = self._value("inputCols")

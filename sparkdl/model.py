@@ -1,6 +1,7 @@
 """Fitted models: Spark ML Transformers that hold a trained module."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -149,9 +150,9 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
     def _input_names(self) -> list[str]:
         return list(self.getInputCols()) if self.isSet("inputCols") and self.getInputCols() else [self.getFeaturesCol()]
 
+    @abstractmethod
     def _outputs(self) -> tuple[Outputs, dict[str, DataType]]:
         """What to compute, and the new columns with their types, in order."""
-        raise NotImplementedError
 
     def transformSchema(self, schema: StructType) -> StructType:
         """The schema of `transform`'s result, known without a job."""

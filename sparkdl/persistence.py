@@ -12,6 +12,7 @@ import functools
 import os
 import pickle
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
@@ -43,20 +44,20 @@ _PICKLE = "objects.pickle"
 _ALLOW_CONF = "spark.sparkdl.allowPickle"
 
 
-class Saved:
+class Saved(ABC):
     """What a class of Params with modules and functions among them gives to be written, and takes when read."""
 
+    @abstractmethod
     def _saved_objects(self) -> dict[str, Any]:
         """Modules, functions and names by role; they are no JSON values."""
-        raise NotImplementedError
 
     def _saved_facts(self) -> dict[str, Any]:
         """JSON values beside the Params."""
         return {}
 
+    @abstractmethod
     def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
         """Take what was read."""
-        raise NotImplementedError
 
 
 class ModuleWriter(MLWriter):

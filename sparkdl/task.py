@@ -15,6 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
+from sparkdl.barrier.launch import chunks
 from sparkdl.barrier.rendezvous import Entry, error_of
 from sparkdl.config import Column, Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
@@ -29,8 +30,6 @@ from sparkdl.serialization import dump_weights
 from sparkdl.trainer import History, Trainer
 
 __all__ = ["RankResult", "has_lazy_parts", "materialise", "run_rank"]
-
-_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +59,12 @@ class RankResult:
         facts = asdict(self)
         del facts["weights"]
         yield json.dumps(facts).encode()
-        for start in range(0, len(self.weights), _CHUNK_BYTES):
-            yield self.weights[start : start + _CHUNK_BYTES]
+        yield from chunks(self.weights)
 
     @classmethod
-    def of_chunks(cls, chunks: list[bytes]) -> "RankResult":
+    def of_chunks(cls, parts: list[bytes]) -> "RankResult":
         """The inverse of `to_chunks`."""
-        return cls(**json.loads(chunks[0]), weights=b"".join(chunks[1:]))
+        return cls(**json.loads(parts[0]), weights=b"".join(parts[1:]))
 
 
 def run_rank(
