@@ -8,11 +8,27 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-__all__ = ["Column", "Columns", "Device", "RunSpec", "Shuffle", "TrainConfig", "Validity"]
+__all__ = ["Column", "Columns", "Device", "Nulls", "Padding", "RunSpec", "Shuffle", "TrainConfig", "Validity"]
 
 Shuffle = Literal["window", "none"]
 Device = Literal["auto", "cpu", "cuda"]
 Validity = Literal["finite", "class", "weight", "any"]
+Nulls = Literal["error", "drop"] | float
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """How rows of an array column become equally long.
+
+    Attributes:
+        length: Values that every row gets.
+        value: What shorter rows are filled up with, at the end.
+        truncate: Cut longer rows; False refuses them.
+    """
+
+    length: int
+    value: float = 0
+    truncate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +38,29 @@ class Column:
     Attributes:
         name: The column's name in the user's DataFrame, for messages.
         field: The column's name in staged data: ``input_0``, ``label_0``, ``weight``, ``validation``.
-        kind: How Spark holds it: an ML vector, an array or a number.
-        dtype: Name of the torch dtype that the tensor gets.
+        kind: What it is: an ML vector, an array, a number, text that a vocabulary turns into numbers, bytes or text
+            that only a transform can read ("raw"), or numbers of several columns put together ("assembled").
+        dtype: Name of the torch dtype that the tensor gets; "" for raw columns.
         flat: True where a number becomes shape (rows,) instead of (rows, 1).
         validity: What its values must be, apart from not null.
+        shape: Declared shape of one row; () leaves it one-dimensional.
+        nulls: ``"error"`` refuses nulls, ``"drop"`` leaves out the rows that have one here, a number replaces them.
+        padding: How rows of different lengths become equal; None refuses them.
+        vocabulary: Of a text column, the words; their places are the numbers. None where it has yet to be learnt.
+        parts: Of an assembled column, the columns that hold its values, in order.
     """
 
     name: str
     field: str
-    kind: Literal["vector", "array", "scalar"]
+    kind: Literal["vector", "array", "scalar", "text", "raw", "assembled"]
     dtype: str
     flat: bool = False
     validity: Validity = "finite"
+    shape: tuple[int, ...] = ()
+    nulls: Nulls = "error"
+    padding: Padding | None = None
+    vocabulary: tuple[str, ...] | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
