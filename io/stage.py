@@ -1,16 +1,19 @@
 """DataFrame to Parquet, once: spooled by each rank to its own disk, or staged for all ranks on shared storage.
 
 Rows are checked and brought into their final form on the way (see `sparkdl.io.schema`), so that what is read every
-epoch is ready to become tensors.
+epoch is ready to become tensors. They arrive in Arrow batches of 64 MB at most, unless the session sets
+``spark.sql.execution.arrow.maxBytesPerBatch`` otherwise, and are encoded and written in parts of a row group's size:
+memory does not grow with the rows, nor with the size of one.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,9 +21,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from sparkdl.config import Columns
-from sparkdl.errors import DataError
-from sparkdl.io.plan import RowGroup
+from sparkdl.errors import ConfigError, DataError
+from sparkdl.io.deal import Partitioning, check_partitioning, deal_rows
+from sparkdl.io.plan import Piece, RowGroup, plan_pieces
 from sparkdl.io.schema import SHARD, VALIDATION, as_named, encode, row_bytes, select_expressions, show_row
+from sparkdl.io.writer import ROW_GROUP_BYTES, RowGroupFiles
 from sparkdl.storage import open_file_system
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ __all__ = [
     "window_rows",
 ]
 
-_ROW_GROUP_BYTES = 8 << 20
+_FIRST_ROWS = 64  # encoded before it is known how large an encoded row is
 _STAGED_SCHEMA = "facts string"
 
 
@@ -50,11 +55,13 @@ class Facts:
         widths: Values per row of each column.
         labels: Smallest and largest class number; None without class labels or rows.
         row: One of the rows, as text.
+        dropped: Rows left out because a column that drops nulls has one there.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[int, int] | None = None
     row: str = ""
+    dropped: int = 0
 
     def merge(self, other: "Facts", columns: Columns) -> "Facts":
         """The facts of both, for rows that shall be trained on together.
@@ -71,7 +78,9 @@ class Facts:
                 )
         both = [labels for labels in (self.labels, other.labels) if labels is not None]
         labels = (min(low for low, _ in both), max(high for _, high in both)) if both else None
-        return Facts({**self.widths, **other.widths}, labels, self.row or other.row)
+        return Facts(
+            {**self.widths, **other.widths}, labels, self.row or other.row, dropped=self.dropped + other.dropped
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The facts as JSON values."""
@@ -79,9 +88,11 @@ class Facts:
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> "Facts":
-        """The inverse of `to_json`."""
-        labels = values["labels"]
-        return cls(values["widths"], (labels[0], labels[1]) if labels else None, values["row"])
+        """The inverse of `to_json`. What is missing is as in `Facts()`, what is not known is ignored."""
+        known = {name: values[name] for name in cls.__slots__ if name in values}
+        if known.get("labels"):
+            known["labels"] = tuple(known["labels"])
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +105,7 @@ class StagedDataset:
         validation: Row groups of the validation rows, sorted by path.
         facts: What is known of the rows.
         files: Size in bytes of every file; part of the plan's fingerprint.
+        shards: Row groups of each shard, where the rows were placed by shard; None where they are cut where they lie.
     """
 
     url: str
@@ -101,6 +113,22 @@ class StagedDataset:
     validation: tuple[RowGroup, ...]
     facts: Facts
     files: Mapping[str, int]
+    shards: tuple[tuple[RowGroup, ...], ...] | None = None
+
+    def pieces(self, num_shards: int) -> tuple[tuple[Piece, ...], ...]:
+        """The pieces of each shard's training rows.
+
+        Raises:
+            ConfigError: The rows were placed in another number of shards.
+        """
+        if self.shards is None:
+            return plan_pieces(self.train, num_shards)
+        if len(self.shards) != num_shards:
+            raise ConfigError(
+                f"numShards={num_shards}, but the rows in {self.url} were placed in {len(self.shards)} shards when "
+                f"they were staged. Use numShards={len(self.shards)}, or stage them anew."
+            )
+        return tuple(tuple(Piece(group, 0, group.rows) for group in groups) for groups in self.shards)
 
 
 @dataclass(slots=True)
@@ -120,23 +148,6 @@ class Spool:
     sample: pa.Table | None
 
 
-def deal_rows(df: "DataFrame", columns: Columns, *, num_shards: int, world_size: int) -> "DataFrame":
-    """Deal the rows of a DataFrame to shards and the shards to partitions, one per rank.
-
-    Rows go round robin from each source partition, which starts at a shard of its own, so that many small partitions
-    do not all feed the first shard. Spark's own round-robin `repartition` has that flaw. `repartitionById` places
-    exactly; a hash of the shard number would leave ranks empty. The sort makes the order independent of the order in
-    which shuffle blocks arrive.
-    """
-    from pyspark.sql import functions as F
-
-    selected = df.select(*select_expressions(columns), F.monotonically_increasing_id().alias("id"))
-    partition, row = F.shiftright("id", 33), F.col("id").bitwiseAND((1 << 33) - 1)
-    dealt = selected.withColumn(SHARD, ((partition + row) % num_shards).cast("int"))
-    placed = dealt.repartitionById(world_size, F.col(SHARD) % world_size)
-    return placed.sortWithinPartitions("id").drop("id")
-
-
 @contextlib.contextmanager
 def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequence[int]) -> Iterator[Spool]:
     """Write a rank's rows to its local disk, for the time of the block.
@@ -149,65 +160,106 @@ def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequ
         shards: The rank's shards.
 
     Raises:
-        DataError: Rows that cannot be trained on.
+        DataError: Rows that cannot be trained on, or a disk that is full.
     """
-    directory = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or None
-    if directory is not None and not os.path.isdir(directory):
-        directory = None
+    directory = _local_directory()
     with contextlib.ExitStack() as stack:
-        names: list[int | str] = [*shards, VALIDATION]
-        writers = {name: _Writer(stack.enter_context(tempfile.TemporaryFile(dir=directory))) for name in names}
-        facts, sample = Facts(), None
-        for batch in batches:
-            if not batch.num_rows:
-                continue
-            table, new = _encode(batch, columns, facts)
-            facts = facts.merge(new, columns)
+
+        def create(name: str) -> tuple[pa.NativeFile, str]:
+            path = f"/dev/fd/{stack.enter_context(tempfile.TemporaryFile(dir=directory)).fileno()}"
+            return pa.OSFile(path, "wb"), path
+
+        files = stack.enter_context(
+            RowGroupFiles(
+                create,
+                action="Spooling rows",
+                place=directory,
+                remedy="Free space there, give the executors a larger disk (SPARK_LOCAL_DIRS), or set stagingDir to "
+                "storage that all executors share.",
+            )
+        )
+        encoder, sample = _Encoder(columns), None
+        for batch, table in encoder.encode(batches):
             train = _train_mask(batch, columns)
             if train is not None:
-                writers[VALIDATION].write(table.filter(pc.invert(train)))
+                files.write(VALIDATION, table.filter(pc.invert(train)))
             for shard in shards:
                 mask = pc.equal(batch.column(SHARD), shard) if len(shards) > 1 else None
                 mask = _both(mask, train)
                 rows = table if mask is None else table.filter(mask)
-                writers[shard].write(rows)
+                files.write(str(shard), rows)
                 if sample is None and rows.num_rows:
                     sample = rows.slice(0, 2).combine_chunks()
-        groups = {name: writer.close() for name, writer in writers.items()}
-        validation = groups.pop(VALIDATION)
-        yield Spool({int(name): found for name, found in groups.items()}, validation, facts, sample)
+        groups = files.close()
+        yield Spool(
+            {shard: groups.get(str(shard), ()) for shard in shards}, groups.get(VALIDATION, ()), encoder.facts, sample
+        )
 
 
-def stage_dataset(df: "DataFrame", columns: Columns, directory: str) -> StagedDataset:
+def stage_dataset(
+    df: "DataFrame",
+    columns: Columns,
+    directory: str,
+    *,
+    partitioning: Partitioning = "batch",
+    num_shards: int = 1,
+    key: str | None = None,
+    seed: int = 0,
+) -> StagedDataset:
     """Write the training and validation rows of a DataFrame to ``directory``, in one Spark job.
 
-    Every partition becomes a file of each kind. A file counts only when its task reports it, so what failed or
-    speculative attempts leave behind is never read.
+    With ``"batch"`` every partition becomes a file of each kind, without a shuffle: the plan cuts the files, in the
+    order of their partitions, into any number of runs. Otherwise rows are dealt as `deal_rows` does, and every shard
+    becomes a file of each kind. A file counts only when its task reports it, so what failed or speculative attempts
+    leave behind is never read.
 
     Args:
         df: The rows; evaluated once.
         columns: What to keep of it.
         directory: URL of a directory that all executors reach; must not exist yet.
+        partitioning: How rows are dealt to shards.
+        num_shards: Shards; of no account with ``"batch"``.
+        key: The column for ``"key"``.
+        seed: Seed of ``"random"``.
 
     Raises:
-        DataError: Rows that cannot be trained on.
+        ConfigError: The DataFrame cannot be partitioned in that way.
+        DataError: Rows that cannot be trained on, or storage that is full.
     """
     import functools
 
-    selected = df.select(*select_expressions(columns))
+    check_partitioning(df, partitioning, key)
+    if partitioning == "batch":
+        source = df.select(*select_expressions(columns))
+    else:
+        source = deal_rows(
+            df,
+            columns,
+            num_shards=num_shards,
+            world_size=num_shards,
+            partitioning=partitioning,
+            key=key,
+            seed=seed,
+        )
     write = functools.partial(_stage_partition, columns, directory)
     groups: dict[str, list[RowGroup]] = {"train": [], VALIDATION: []}
+    shards: list[tuple[RowGroup, ...]] = [()] * num_shards
     facts, files = Facts(), {}
-    for (text,) in selected.mapInArrow(write, _STAGED_SCHEMA).toArrow().to_pandas().itertuples(index=False):
+    for (text,) in source.mapInArrow(write, _STAGED_SCHEMA).toArrow().to_pandas().itertuples(index=False):
         report = json.loads(text)
         if "error" in report:
             raise DataError(report["error"])
         facts = facts.merge(Facts.of_json(report["facts"]), columns)
         for kind, path, rows, size in report["files"]:
-            groups[kind] += [RowGroup(path, index, count) for index, count in enumerate(rows)]
+            found = tuple(RowGroup(path, index, count) for index, count in enumerate(rows))
+            groups[kind] += found
             files[path] = size
+            if kind == "train" and partitioning != "batch":
+                shards[report["partition"]] = found  # of as many partitions as shards
     train, validation = (tuple(sorted(groups[kind])) for kind in ("train", VALIDATION))
-    return StagedDataset(directory, train, validation, facts, files)
+    return StagedDataset(
+        directory, train, validation, facts, files, shards=None if partitioning == "batch" else tuple(shards)
+    )
 
 
 def remove_staged(df: "DataFrame", directory: str) -> None:
@@ -235,54 +287,46 @@ def read_sample(row_group: RowGroup, rows: int = 2) -> pa.Table:
         ) from error
 
 
-class _Writer:
-    """A Parquet file that grows by row groups of about `_ROW_GROUP_BYTES`."""
+class _Encoder:
+    """Encodes batches in parts of a row group's size, and gathers the facts.
 
-    def __init__(self, sink: IO[bytes] | pa.NativeFile, path: str | None = None) -> None:
-        self.path = path or f"/dev/fd/{sink.fileno()}"
-        self._sink = sink
-        self._writer: pq.ParquetWriter | None = None
-        self._tables: list[pa.Table] = []
-        self._bytes = 0
-        self._rows: list[int] = []
+    A sparse vector is a few numbers in Spark's batch and thousands in staged form: how many rows make a part is learnt
+    from the part before.
+    """
 
-    def write(self, table: pa.Table) -> None:
-        if not table.num_rows:
-            return
-        self._tables.append(table)
-        self._bytes += table.nbytes
-        if self._bytes >= _ROW_GROUP_BYTES:
-            self._flush()
+    def __init__(self, columns: Columns) -> None:
+        self.facts = Facts()
+        self._columns = columns
 
-    def _flush(self) -> None:
-        table = pa.concat_tables(self._tables)
-        if self._writer is None:
-            # Numbers that are read many times from a local disk: neither compression nor dictionaries pay.
-            self._writer = pq.ParquetWriter(
-                self._sink, table.schema, compression="none", use_dictionary=False, write_statistics=False
-            )
-        self._writer.write_table(table, row_group_size=table.num_rows)
-        self._rows.append(table.num_rows)
-        self._tables, self._bytes = [], 0
+    def encode(self, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
+        """Each part as it came and in staged form; parts without rows are left out."""
+        rows = _FIRST_ROWS
+        for batch in batches:
+            start = 0
+            while start < batch.num_rows:
+                part = batch.slice(start, rows)
+                start += part.num_rows
+                table = self._encode(part)
+                yield part, table
+                rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
 
-    def close(self) -> tuple[RowGroup, ...]:
-        """Finish the file; returns its row groups, none where no row was written."""
-        if self._tables:
-            self._flush()
-        if self._writer is not None:
-            self._writer.close()
-            self._sink.flush()
-        return tuple(RowGroup(self.path, index, rows) for index, rows in enumerate(self._rows))
+    def _encode(self, batch: pa.RecordBatch) -> pa.Table:
+        columns, facts = self._columns, self.facts
+        table, widths = encode(batch, columns, facts.widths)
+        labels = None
+        for column in columns.labels:
+            if column.validity == "class":
+                found = pc.min_max(table.column(column.field)).as_py()
+                labels = (int(found["min"]), int(found["max"]))
+        row = facts.row or show_row(as_named(batch, columns), 0)
+        self.facts = facts.merge(Facts(widths, labels, row), columns)
+        return table
 
 
-def _encode(batch: pa.RecordBatch, columns: Columns, facts: Facts) -> tuple[pa.Table, Facts]:
-    table, widths = encode(batch, columns, facts.widths)
-    labels = None
-    for column in columns.labels:
-        if column.validity == "class":
-            found = pc.min_max(table.column(column.field)).as_py()
-            labels = (int(found["min"]), int(found["max"]))
-    return table, Facts(widths, labels, facts.row or show_row(as_named(batch, columns), 0))
+def _local_directory() -> str:
+    """The disk with most free space among those that Spark gave to the executor."""
+    disks = [disk for disk in os.environ.get("SPARK_LOCAL_DIRS", "").split(",") if os.path.isdir(disk)]
+    return max(disks, key=lambda disk: shutil.disk_usage(disk).free, default=tempfile.gettempdir())
 
 
 def _train_mask(batch: pa.RecordBatch, columns: Columns) -> pa.Array | None:
@@ -311,36 +355,29 @@ def _write_partition(columns: Columns, directory: str, batches: Iterator[pa.Reco
     assert task is not None
     file_system, root = open_file_system(directory)
     name = f"part-{task.partitionId():05d}-{task.taskAttemptId()}.parquet"
-    facts = Facts()
-    writers: dict[str, _Writer] = {}
-    with contextlib.ExitStack() as stack:
 
-        def writer(kind: str) -> _Writer:
-            if kind not in writers:
-                file_system.create_dir(f"{root}/{kind}", recursive=True)
-                sink = stack.enter_context(file_system.open_output_stream(f"{root}/{kind}/{name}"))
-                writers[kind] = _Writer(sink, f"{directory}/{kind}/{name}")
-            return writers[kind]
+    def create(kind: str) -> tuple[pa.NativeFile, str]:
+        file_system.create_dir(f"{root}/{kind}", recursive=True)
+        return file_system.open_output_stream(f"{root}/{kind}/{name}"), f"{directory}/{kind}/{name}"
 
-        for batch in batches:
-            if not batch.num_rows:
-                continue
-            table, new = _encode(batch, columns, facts)
-            facts = facts.merge(new, columns)
+    encoder = _Encoder(columns)
+    with RowGroupFiles(
+        create,
+        action="Staging rows",
+        place=directory,
+        remedy="Free space there, or choose another stagingDir.",
+    ) as writers:
+        for batch, table in encoder.encode(batches):
             train = _train_mask(batch, columns)
-            rows = {"train": table if train is None else table.filter(train)}
+            writers.write("train", table if train is None else table.filter(train))
             if train is not None:
-                rows[VALIDATION] = table.filter(pc.invert(train))
-            for kind, kept in rows.items():
-                if kept.num_rows:
-                    writer(kind).write(kept)
-        groups = {kind: kept.close() for kind, kept in writers.items()}
-    files: list[Any] = []
-    for kind, found in groups.items():
-        if found:
-            size = file_system.get_file_info(f"{root}/{kind}/{name}").size
-            files.append((kind, found[0].path, [group.rows for group in found], size))
-    return {"facts": facts.to_json(), "files": files}
+                writers.write(VALIDATION, table.filter(pc.invert(train)))
+        groups = writers.close()
+    files = [
+        (kind, found[0].path, [group.rows for group in found], file_system.get_file_info(f"{root}/{kind}/{name}").size)
+        for kind, found in groups.items()
+    ]
+    return {"partition": task.partitionId(), "facts": encoder.facts.to_json(), "files": files}
 
 
 def _remove(directory: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -1,12 +1,15 @@
 """From Arrow batches to a rank's own Parquet: every row once, nothing left on disk, and file systems by URL."""
 
+import gc
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +18,13 @@ import pytest
 
 from sparkdl.config import Column, Columns
 from sparkdl.errors import ConfigError, DataError
-from sparkdl.io import stage
-from sparkdl.io.petastorm import PlannedReader
-from sparkdl.io.plan import RowGroup
+from sparkdl.io import stage, writer
+from sparkdl.io.plan import Piece, RowGroup
 from sparkdl.io.schema import decode
-from sparkdl.io.stage import Facts, Spool, open_spool, read_sample, window_rows
+from sparkdl.io.stage import Facts, Spool, StagedDataset, open_spool, read_sample, window_rows
+from sparkdl.io.writer import ROW_GROUP_BYTES, RowGroupFiles
 from sparkdl.storage import open_file_system
-from tests.unit.staged import COLUMNS, FIELDS, assert_rows, features_of, spark_batch, whole, write_staged
+from tests.unit.staged import COLUMNS, assert_rows, features_of, spark_batch, write_staged
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -41,12 +44,15 @@ def dealt(ids: Iterable[int], num_shards: int, held: Iterable[bool] | None = Non
 
 
 def ids_in(groups: Sequence[RowGroup], columns: Columns = COLUMNS) -> list[int]:
-    """The rows of row groups, read as a rank reads them, and checked."""
-    with PlannedReader(whole(groups), columns=FIELDS, decode=lambda table: decode(table, columns)) as reader:
-        read = list(reader)
-    for found in read:
+    """The rows of row groups, checked."""
+    ids: list[int] = []
+    for group in groups:
+        table = read_sample(group, group.rows + 1)
+        assert table.num_rows == group.rows
+        found = decode(table, columns)
         assert_rows(found["input_0"], found["label_0"], found["label_0"].tolist())
-    return [row for found in read for row in found["label_0"].tolist()]
+        ids += found["label_0"].tolist()
+    return ids
 
 
 def files_in(folder: Path) -> list[str]:
@@ -109,7 +115,7 @@ def test_ids_above_two_to_the_53_are_spooled_exactly() -> None:
 
 def test_row_groups_have_about_the_size_that_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     row_bytes, limit = 3 * 4 + 8, 1000
-    monkeypatch.setattr(stage, "_ROW_GROUP_BYTES", limit)
+    monkeypatch.setattr(writer, "ROW_GROUP_BYTES", limit)
     with open_spool((dealt(range(low, low + 10), 1) for low in range(0, 500, 10)), COLUMNS, (0,)) as spool:
         rows = [group.rows for group in spool.shards[0]]
         assert ids_in(spool.shards[0]) == list(range(500))
@@ -117,6 +123,60 @@ def test_row_groups_have_about_the_size_that_is_configured(monkeypatch: pytest.M
     assert sum(rows) == 500
     assert all(limit <= count * row_bytes < limit + 10 * row_bytes for count in rows[:-1])
     assert 0 < rows[-1] * row_bytes < limit + 10 * row_bytes
+
+
+def test_a_batch_larger_than_a_row_group_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, row_bytes = 1000, 3 * 4 + 8
+    monkeypatch.setattr(writer, "ROW_GROUP_BYTES", limit)
+    monkeypatch.setattr(stage, "ROW_GROUP_BYTES", limit)
+    with open_spool(iter([dealt(range(2000), 2)]), COLUMNS, (0, 1)) as spool:
+        for shard in (0, 1):
+            assert ids_in(spool.shards[shard]) == list(range(shard, 2000, 2))
+            assert all(limit <= group.rows * row_bytes < 2 * limit for group in spool.shards[shard][:-1])
+
+
+def test_row_groups_of_large_rows_and_a_table_of_odd_rows_stay_small() -> None:
+    cells = [b"x" * size for size in [10] * 5000 + [200_000] * 300 + [30 << 20] + [10] * 5000]
+    with memory_files("memory://large") as files:
+        files.write("part", pa.table({"a": cells}))
+        groups = files.close()["part"]
+    file_system, path = open_file_system("memory://large/part.parquet")
+    with file_system.open_input_file(path) as source:
+        metadata = pq.ParquetFile(source).metadata
+        sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
+    file_system.delete_file(path)
+    assert sum(group.rows for group in groups) == len(cells)
+    small, largest = sorted(sizes)[:-1], max(sizes)
+    assert small[-1] < 2 * ROW_GROUP_BYTES < largest < (30 << 20) + ROW_GROUP_BYTES
+
+
+def sparse_batch(rows: int, width: int) -> pa.RecordBatch:
+    """ML vectors with one value each, as Spark sends them."""
+    vector = {"type": 0, "size": width, "indices": [width - 1], "values": [1.0]}
+    kind = pa.struct(
+        [
+            ("type", pa.int8()),
+            ("size", pa.int32()),
+            ("indices", pa.list_(pa.int32())),
+            ("values", pa.list_(pa.float64())),
+        ]
+    )
+    return pa.RecordBatch.from_pydict(
+        {"input_0": pa.array([vector] * rows, kind), "label_0": pa.array(range(rows)), "shard": pa.array([0] * rows)}
+    )
+
+
+def test_sparse_vectors_are_never_dense_all_at_once() -> None:
+    """10,000 rows of 20,000 values are 2 MB in Spark's batch and 800 MB in staged form."""
+    columns = Columns((Column("vector", "input_0", "vector", "float32"),), COLUMNS.labels)
+    encoder = stage._Encoder(columns)
+    rows = 0
+    for part, table in encoder.encode(iter([sparse_batch(10_000, 20_000)])):
+        assert part.num_rows == table.num_rows
+        assert table.nbytes <= ROW_GROUP_BYTES
+        rows += table.num_rows
+    assert rows == 10_000
+    assert encoder.facts.widths["input_0"] == 20_000
 
 
 def test_the_sample_is_a_few_training_rows_in_staged_form() -> None:
@@ -131,7 +191,7 @@ def test_the_sample_is_a_few_training_rows_in_staged_form() -> None:
 def test_the_files_have_no_names_and_vanish_with_the_block(local_dir: Path) -> None:
     with open_spool(iter([dealt(range(100), 2)]), COLUMNS, (0, 1)) as spool:
         assert os.listdir(local_dir) == []
-        assert len(files_in(local_dir)) == 3
+        assert len(files_in(local_dir)) == 2
         assert all(name.endswith("(deleted)") for name in files_in(local_dir))
         paths = [group.path for groups in spool.shards.values() for group in groups]
     assert files_in(local_dir) == []
@@ -154,10 +214,14 @@ def test_an_error_of_spark_in_the_midst_of_the_rows_closes_the_files(local_dir: 
     assert files_in(local_dir) == []
 
 
-def test_several_local_disks_mean_the_first(local_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SPARK_LOCAL_DIRS", f"{local_dir},{tmp_path / 'second'}")
+def test_of_several_local_disks_the_one_with_most_space_is_used(
+    local_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if shutil.disk_usage("/proc").free >= shutil.disk_usage(local_dir).free:
+        pytest.skip("the disk of the tests is full")
+    monkeypatch.setenv("SPARK_LOCAL_DIRS", f"/proc,{local_dir},{tmp_path / 'missing'}")
     with open_spool(iter([dealt(range(9), 1)]), COLUMNS, (0,)):
-        assert len(files_in(local_dir)) == 2
+        assert len(files_in(local_dir)) == 1
 
 
 @pytest.mark.parametrize("setting", [None, "", "/no/such/disk"])
@@ -171,9 +235,67 @@ def test_without_a_local_disk_of_spark_the_default_directory_serves(
     if setting is not None:
         monkeypatch.setenv("SPARK_LOCAL_DIRS", setting)
     with open_spool(iter([dealt(range(9), 1)]), COLUMNS, (0,)) as spool:
-        assert len(files_in(default)) == 2
+        assert len(files_in(default)) == 1
         assert ids_in(spool.shards[0]) == list(range(9))
     assert (os.listdir(default), files_in(default)) == ([], [])
+
+
+# ---- a disk that is full ---------------------------------------------------------------------------------------------
+SPOOL_UNTIL_FULL = """
+import json, os, resource, signal, sys
+import tests.unit.staged as staged
+from sparkdl.errors import DataError
+from sparkdl.io.stage import open_spool
+from tests.unit.test_stage import dealt, files_in
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Python does so by itself; a write beyond the limit is then an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+local = os.environ["SPARK_LOCAL_DIRS"]
+batch = dealt(range(100_000), 1)
+try:
+    with open_spool((batch for _ in range(20)), staged.COLUMNS, (0,)):
+        message = "spooled"
+except DataError as error:
+    message = str(error)
+print(json.dumps([message, files_in(local), os.listdir(local)]))
+"""
+
+
+@pytest.mark.parametrize(("limit", "written"), [(20 << 20, r"20\.0"), (1 << 20, r"0\.0")])
+def test_a_disk_that_fills_is_one_sentence_and_closes_the_files(local_dir: Path, limit: int, written: str) -> None:
+    """A limit on the size of files stands for the disk: the same call fails in the same way."""
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SPOOL_UNTIL_FULL, str(limit)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    message, still_open, left = json.loads(found.stdout)
+    assert re.fullmatch(
+        rf"Spooling rows to {local_dir} failed after {written} MB: .*File too large.* Free space there, give the "
+        r"executors a larger disk \(SPARK_LOCAL_DIRS\), or set stagingDir to storage that all executors share\.",
+        message,
+    )
+    assert (still_open, left) == ([], [])
+    assert found.stderr == ""
+
+
+@pytest.mark.parametrize("buffered", [False, True], ids=["at the first write", "when the file is closed"])
+def test_a_file_that_cannot_be_finished_is_an_error_too(buffered: bool) -> None:
+    def create(name: str) -> tuple[pa.NativeFile, str]:
+        return (pa.PythonFile(Path(name).open("wb", 1 << 20)) if buffered else pa.OSFile(name, "wb")), name
+
+    with RowGroupFiles(create, action="Staging rows", place="s3://here", remedy="Make room.") as files:
+        files.write("/dev/full", pa.table({"a": [1, 2]}))
+        with pytest.raises(
+            DataError, match=r"^Staging rows to s3://here failed after 0\.0 MB: .*No space left.* Make room\.$"
+        ):
+            files.close()
+    del files
+    gc.collect()
+    assert files_in(Path("/dev/full")) == []
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------
@@ -207,7 +329,15 @@ def test_facts_merge_in_any_order_and_with_nothing() -> None:
         assert found == merged
 
 
-@pytest.mark.parametrize("facts", [Facts(), Facts({"input_0": 3}, (2, 4), '{"input_0": [1, 2, 3]}')])
+def test_dropped_rows_add_up() -> None:
+    assert Facts(dropped=2).merge(Facts({"input_0": 3}), COLUMNS).merge(Facts(dropped=5), COLUMNS).dropped == 7
+
+
+def test_facts_of_another_release_are_understood() -> None:
+    assert Facts.of_json({"widths": {"input_0": 3}, "colour": "blue"}) == Facts({"input_0": 3})
+
+
+@pytest.mark.parametrize("facts", [Facts(), Facts({"input_0": 3}, (2, 4), '{"input_0": [1, 2, 3]}', 3)])
 def test_facts_travel_as_json(facts: Facts) -> None:
     assert Facts.of_json(json.loads(json.dumps(facts.to_json()))) == facts
 
@@ -254,6 +384,27 @@ def test_the_window_is_as_many_rows_as_fit_its_bytes_and_at_least_one() -> None:
     facts = Facts({"input_0": 3, "label_0": 1})  # 12 and 8 bytes
     assert window_rows(COLUMNS, facts, 2000) == 100
     assert window_rows(COLUMNS, facts, 1) == 1
+
+
+# ---- pieces of staged rows -------------------------------------------------------------------------------------------
+GROUPS = tuple(RowGroup(f"/staged/train/part-{number}", 0, 10) for number in range(4))
+
+
+def test_rows_that_were_not_placed_are_cut_where_they_lie_in_any_number_of_shards() -> None:
+    staged = StagedDataset("/staged", GROUPS, (), Facts(), {})
+    assert [sum(piece.rows for piece in pieces) for pieces in staged.pieces(3)] == [13, 13, 14]
+    assert staged.pieces(1) == (tuple(Piece(group, 0, 10) for group in GROUPS),)
+
+
+def test_rows_that_were_placed_stay_in_their_shards() -> None:
+    staged = StagedDataset("/staged", GROUPS, (), Facts(), {}, shards=(GROUPS[2:], (), GROUPS[:2]))
+    pieces = staged.pieces(3)
+    assert [[piece.row_group for piece in found] for found in pieces] == [list(GROUPS[2:]), [], list(GROUPS[:2])]
+    assert all(piece.rows == 10 for found in pieces for piece in found)
+    with pytest.raises(
+        ConfigError, match=r"^numShards=2, but the rows in /staged were placed in 3 shards.*numShards=3, or"
+    ):
+        staged.pieces(2)
 
 
 # ---- a sample of staged files ----------------------------------------------------------------------------------------
@@ -313,23 +464,26 @@ def test_a_scheme_that_nothing_knows_is_an_error_that_says_what_to_do(url: str) 
         open_file_system(url)
 
 
-def test_staged_files_can_be_written_and_read_through_any_file_system() -> None:
+def test_row_groups_can_be_written_and_read_through_any_file_system() -> None:
     url = "memory://staged/part.parquet"
     file_system, path = open_file_system(url)
-    with file_system.open_output_stream(path) as sink:
-        writer = stage._Writer(sink, url)
-        table = pa.table(dict.fromkeys(["a"], np.arange(10)))
-        writer.write(table)
-        writer.write(table.slice(0, 0))
-        writer.write(table)
-        groups = writer.close()
-    assert groups == (RowGroup(url, 0, 20),)
-    with PlannedReader(whole(groups), columns=["a"], decode=to_list) as reader:
-        assert list(reader) == [2 * list(range(10))]
+    table = pa.table({"a": np.arange(10)})
+    with memory_files("memory://staged") as files:
+        files.write("part", table)
+        files.write("part", table.slice(0, 0))
+        files.write("none", table.slice(0, 0))
+        files.write("part", table)
+        assert files.close() == {"part": (RowGroup(url, 0, 20),)}
+    assert read_sample(RowGroup(url, 0, 20), 20)["a"].to_pylist() == 2 * list(range(10))
     with file_system.open_input_file(path) as source:
         assert pq.ParquetFile(source).metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
     file_system.delete_file(path)
 
 
-def to_list(table: pa.Table) -> list[Any]:
-    return table.column("a").to_pylist()
+def memory_files(url: str) -> RowGroupFiles:
+    file_system, root = open_file_system(url)
+
+    def create(name: str) -> tuple[pa.NativeFile, str]:
+        return file_system.open_output_stream(f"{root}/{name}.parquet"), f"{url}/{name}.parquet"
+
+    return RowGroupFiles(create, action="Staging rows", place=url, remedy="Make room.")
