@@ -1,193 +1,500 @@
-"""From a plan and Parquet to the batches of one rank: decode, shuffle in windows, gather, hand over ahead of need."""
+"""From a plan and Parquet to the batches of one rank: read, shuffle, gather, hand over ahead of need."""
 
 import contextlib
+import itertools
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
 import torch
+import torch.distributed as dist
 
 from sparkdl.batch import Batch
 from sparkdl.config import Columns, Shuffle
-from sparkdl.io.petastorm import PlannedReader
-from sparkdl.io.plan import Piece, ShardPlan, Window, plan_windows
-from sparkdl.io.schema import decode
+from sparkdl.errors import ConfigError
+from sparkdl.io.cache import Allocate, Cache, CachePlan
+from sparkdl.io.decode import Decoder, Layout
+from sparkdl.io.exchange import reshuffle
+from sparkdl.io.feed import RowMemory, ShardFeed, Standardise, Taken, WindowPool, gather, row_nbytes
+from sparkdl.io.petastorm import PlannedReader, select_piece
+from sparkdl.io.plan import Int64, Piece, ShardPlan, Window, plan_windows, shards_of
 
-__all__ = ["RankData", "prefetched"]
+__all__ = ["RankData", "Reading", "prefetched"]
 
+T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
+_GROUP_STEPS, _GROUP_BYTES = 16, 1 << 20  # batches that are gathered at once, and their size
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """How row groups are read.
+
+    Attributes:
+        columns: Names of the Parquet columns.
+        select: Takes the training rows of a piece out of the table of its row group.
+        select_validation: Likewise its validation rows.
+        dictionaries: Columns read as dictionaries.
+        storage_options: For the file system.
+        threads: Reader threads.
+        timeout: How long to wait for one row group.
+    """
+
+    columns: Sequence[str]
+    select: Callable[[pa.Table, Piece], pa.Table] = select_piece
+    select_validation: Callable[[pa.Table, Piece], pa.Table] = select_piece
+    dictionaries: Sequence[str] = ()
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    threads: int = 1
+    timeout: timedelta = timedelta(minutes=10)
+
+    def open(
+        self,
+        pieces: Sequence[Piece],
+        decode: Callable[[pa.Table, int], Any],
+        *,
+        validation: bool = False,
+        recall: Callable[[int], bool] | None = None,
+    ) -> PlannedReader:
+        """A reader of pieces; see `PlannedReader`."""
+        return PlannedReader(
+            pieces,
+            columns=self.columns,
+            decode=decode,
+            select=self.select_validation if validation else self.select,
+            recall=recall,
+            threads=self.threads,
+            ahead=2 * self.threads + 2,
+            read_timeout=self.timeout,
+            storage_options=self.storage_options,
+            dictionaries=self.dictionaries,
+        )
+
+
+@dataclass(slots=True)
 class RankData:
     """All that one rank reads, in every epoch.
 
     Attributes:
         plan: The steps of an epoch, over all shards.
-        pieces: The rank's shards and what each consists of.
+        pieces: What each shard consists of: at least those dealt to this rank.
         validation: The rank's part of the validation rows.
-        columns: What to read.
+        decoder: From Arrow to tensors.
+        layout: What the decoder gives, and so the shapes of batches without rows.
+        reading: How row groups are read.
         window: Rows of one shard that are shuffled together at least.
         shuffle: How a shard is shuffled.
         seed: Seed of the order.
-        widths: Values per row of each column, for batches without rows.
-        threads: Reader threads.
+        shards: The shards dealt to this rank; all in ``pieces`` if None.
+        cache: Keeps decoded rows for later epochs.
+        standardise: Applied to the values of each field, before they are kept.
+        reshuffle_interval: Epochs after which all rows are permuted over all shards, with the other ranks.
         pin: Put batches into page-locked memory, from which a GPU reads asynchronously.
+        fingerprint: Of the plan and all that decides the order; goes into the state.
     """
 
     plan: ShardPlan
     pieces: Mapping[int, Sequence[Piece]]
     validation: Sequence[Piece]
-    columns: Columns
+    decoder: Decoder
+    layout: Layout
+    reading: Reading
     window: int
     shuffle: Shuffle
     seed: int
-    widths: Mapping[str, int]
-    threads: int = 1
+    shards: Sequence[int] | None = None
+    cache: Cache = field(default_factory=lambda: Cache(CachePlan((), False, "nothing")))
+    standardise: Standardise = field(default_factory=dict)
+    reshuffle_interval: int | None = None
     pin: bool = False
+    fingerprint: str = ""
+    _arenas: dict[int, "_Arena"] = field(default_factory=dict, init=False, repr=False)
+    _position: tuple[int, int] = field(default=(0, 0), init=False)
+    _reshuffled: int = field(default=0, init=False)
 
     @property
-    def fields(self) -> list[str]:
-        """Names of the columns in staged data."""
-        return [column.field for column in self.columns]
+    def columns(self) -> Columns:
+        """What is read, by role."""
+        return self.decoder.columns
 
-    def _epoch(self, epoch: int) -> Iterator[Batch]:
-        windows = {
-            shard: plan_windows(
+    @property
+    def dealt(self) -> tuple[int, ...]:
+        """The shards that this rank reads."""
+        return tuple(self.pieces) if self.shards is None else tuple(self.shards)
+
+    @property
+    def rows(self) -> int:
+        """Rows that this rank reads in an epoch."""
+        return sum(self.plan.shard_rows[shard] for shard in self.dealt)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch and step of the batch that comes next."""
+        return self._position
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the data this rank is; equal on all ranks that took the same steps."""
+        epoch, step = self._position
+        return {"epoch": epoch, "step": step, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the batches that were handed out when ``state`` was taken, on as many ranks as there are now.
+
+        Raises:
+            ConfigError: The state belongs to other data, or to another plan for them.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise ConfigError(
+                f"The reader's state belongs to plan {state['fingerprint']}, but this run has plan {self.fingerprint}. "
+                "Files, numShards, batchSize, seed and shuffle must be what they were; only the number of ranks may "
+                "change."
+            )
+        self._position = (int(state["epoch"]), int(state["step"]))
+
+    def deal(self, shards: Sequence[int]) -> None:
+        """Read these shards from the next epoch on. What is kept of others is let go."""
+        self.shards = tuple(shards)
+        before = {id(arena.memory): arena.memory for arena in self._arenas.values()}
+        self._arenas = {shard: arena for shard, arena in self._arenas.items() if shard in self.shards}
+        after = {id(arena.memory) for arena in self._arenas.values()}
+        for memory in [memory for key, memory in before.items() if key not in after]:
+            self.cache.release(memory.rows * row_nbytes(self.layout))
+
+    # ---- training rows -----------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def open_epoch(self, epoch: int) -> Iterator[Iterator[Batch]]:
+        """The rank's slice of the steps of an epoch, in order; empty batches where it has no rows in a step.
+
+        Begins with step 0, or where `load_state_dict` said.
+        """
+        first = self._position[1] if self._position[0] == epoch else 0
+        self._reshuffle(epoch)
+
+        def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
+            last = self.plan.num_steps - 1
+            for step, batch in enumerate(batches, first):
+                self._position = (epoch, step + 1) if step < last else (epoch + 1, 0)
+                yield batch
+
+        with prefetched(self._epoch(epoch, first), depth=2) as groups:
+            yield counted(itertools.chain.from_iterable(groups))
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
+        """The batches of an epoch, some at a time: gathered and handed over at once, small ones cost less."""
+        coming = self._coming(epoch, first)
+        dealt, group_steps = self.dealt, self._group_steps()
+        feeds = {shard: ShardFeed() for shard in dealt}
+        group = _Group()
+        with self._open_windows(coming, epoch) as reader:
+            windows = iter(coming)
+            for counts in self.plan.counts(dealt, first):
+                try:
+                    for feed, rows in zip(feeds.values(), counts, strict=True):
+                        while feed.rows < rows:
+                            window = next(windows)
+                            window.fill(reader)
+                            window.add_to(feeds[window.shard])
+                except BaseException:
+                    yield self._gathered(group)  # what came before the error
+                    raise
+                for feed, rows in zip(feeds.values(), counts, strict=True):
+                    feed.take(rows, group.taken, group.finished)
+                group.sizes.append(sum(counts))
+                if len(group.sizes) == group_steps:
+                    yield self._gathered(group)
+                    group = _Group()
+        yield self._gathered(group)
+
+    def _gathered(self, group: "_Group") -> list[Batch]:
+        batches = self._batches(gather(group.taken, self.layout), group.sizes)
+        for done in group.finished:
+            done()
+        return batches
+
+    def _open_windows(self, coming: Sequence["_Coming"], epoch: int) -> PlannedReader:
+        """A reader that brings the rows of windows to their places, one piece at a time."""
+        items = [item for window in coming for item in window.items]
+        store = self.cache.store
+
+        def place(table: pa.Table, number: int) -> None:
+            item = items[number]
+            item.memory.write(item.start, self.decoder(table, item.piece, epoch))
+            if store is not None:
+                store.put(item.key, item.rows())
+
+        def recall(number: int) -> bool:
+            item = items[number]
+            assert store is not None
+            with store.use(item.key) as found:
+                if found is None:
+                    return False
+                for name, rows in item.rows().items():
+                    rows.copy_(found[name])
+            return True
+
+        return self.reading.open([item.piece for item in items], place, recall=None if store is None else recall)
+
+    def _group_steps(self) -> int:
+        """Batches that are gathered at once."""
+        share = max(1, self.plan.batch_size * len(self.dealt) // len(self.plan.shard_rows))
+        return max(1, min(_GROUP_STEPS, _GROUP_BYTES // (share * row_nbytes(self.layout) or 1)))
+
+    def _coming(self, epoch: int, first: int) -> list["_Coming"]:
+        """The windows of all dealt shards that steps from ``first`` on need, in the order in which they need them."""
+        begin = self.plan.bounds(first, first)[0]
+        found = []
+        for shard in self.dealt:
+            pieces, rows = self.pieces[shard], self.plan.shard_rows[shard]
+            windows = plan_windows(
                 pieces, window=self.window, shuffle=self.shuffle, seed=self.seed, epoch=epoch, shard=shard
             )
-            for shard, pieces in self.pieces.items()
-        }
-        # Windows are read in the order in which the steps need them: by their relative position in the shard.
-        order = sorted(
-            ((part.offset / self.plan.shard_rows[shard], shard, part) for shard in windows for part in windows[shard]),
-            key=lambda entry: entry[:2],
-        )
-        pieces = [self.pieces[shard][number] for _, shard, part in order for number in part.pieces]
-        with PlannedReader(
-            pieces,
-            columns=self.fields,
-            decode=lambda table: decode(table, self.columns),
-            threads=self.threads,
-            ahead=2 * self.threads + 2,
-        ) as reader:
-            feeds = {shard: _ShardFeed(self.fields) for shard in self.pieces}
-            coming = iter(order)
-            for begin, end in self.plan.steps():
-                parts: list[Tensors] = []
-                for shard, feed in feeds.items():
-                    rows = int(end[shard] - begin[shard])
-                    while feed.rows < rows:
-                        _, owner, window = next(coming)
-                        feeds[owner].add(window, reader)
-                    parts += feed.take(rows)
-                yield self._batch(parts)
+            for window in windows:
+                skipped = max(0, int(begin[shard]) - window.offset)
+                if skipped < window.rows:
+                    found.append(_Coming(window.offset / rows, shard, window, skipped))
+        found.sort(key=lambda one: (one.position, one.shard))
+        pool = WindowPool(self.layout, max((one.window.rows for one in found), default=0))
+        names = {column.field: column.name for column in self.columns}
+        self._keep_shards(names)
+        for one in found:
+            arena = self._arenas.get(one.shard)
+            if arena is None:
+                one.memory = RowMemory(one.window.rows, self.layout, pool.allocate, names, self.standardise)
+                one.pool = pool
+            else:
+                one.memory, one.arena = arena.memory, arena
+            one.find_items(self.pieces[one.shard])
+        return found
 
-    def open_epoch(self, epoch: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        """The rank's slice of every step of an epoch, in order; empty batches where it has no rows in a step."""
-        return prefetched(self._epoch(epoch), pin=self.pin)
+    def _keep_shards(self, names: Mapping[str, str]) -> None:
+        """Reserve memory for all rows of the dealt shards, where the cache has room for them."""
+        missing = [shard for shard in self.dealt if shard not in self._arenas]
+        rows = sum(self.plan.shard_rows[shard] for shard in missing)
+        memory: RowMemory | None = None
+        while missing and memory is None:
+            allocate = self.cache.reserve(rows * row_nbytes(self.layout))
+            if allocate is None:
+                if self.shuffle == "full":
+                    raise ConfigError(
+                        f"shuffle='full' needs all rows of a shard at once, but the "
+                        f"{rows * row_nbytes(self.layout) / 2**20:.1f} MiB of this rank's shards do not fit into the "
+                        f"cache ({self.cache.plan.reason}). Use shuffle='window', cache='disk' or a larger cacheBytes."
+                    )
+                return
+            kept = partial(_allocate_field, allocate, self.layout)
+            memory = RowMemory(rows, self.layout, kept, names, self.standardise)
+            try:
+                memory.prepare()
+            except (MemoryError, OSError, RuntimeError) as error:
+                self.cache.shrink(error)
+                memory = None
+        start = 0
+        for shard in missing:
+            assert memory is not None
+            starts = np.cumsum([start] + [piece.rows for piece in self.pieces[shard]])
+            self._arenas[shard] = _Arena(memory, starts)
+            start = int(starts[-1])
 
+    # ---- between ranks -----------------------------------------------------------------------------------------------
+    def _reshuffle(self, epoch: int) -> None:
+        """Exchange rows with the other ranks as often as it is due by ``epoch``; every rank calls it."""
+        if self.reshuffle_interval is None:
+            return
+        ranks = dist.get_world_size()
+        owned = [shards_of(rank, ranks, len(self.plan.shard_rows)) for rank in range(ranks)]
+        for due in range(self._reshuffled + self.reshuffle_interval, epoch + 1, self.reshuffle_interval):
+            shards = self._whole_shards()
+            for shard, rows in reshuffle(shards, self.plan.shard_rows, owned, seed=self.seed, epoch=due).items():
+                for name, tensor in shards[shard].items():
+                    tensor.copy_(rows[name])
+            self._reshuffled = due
+
+    def _whole_shards(self) -> dict[int, Tensors]:
+        """All rows of the dealt shards, where they lie in the cache.
+
+        Raises:
+            ConfigError: The cache has no room for them.
+        """
+        coming = self._coming(0, 0)
+        if len(self._arenas) < len(self.dealt):
+            raise ConfigError(
+                f"reshuffleInterval={self.reshuffle_interval} needs all of this rank's rows in the cache, which has no "
+                f"room for them ({self.cache.plan.reason}). Use cache='disk', a larger cacheBytes, or no reshuffling."
+            )
+        with self._open_windows(coming, 0) as reader:
+            for window in coming:
+                window.fill(reader)
+        return {shard: self._arenas[shard].rows() for shard in self.dealt}
+
+    # ---- validation rows ---------------------------------------------------------------------------------------------
     def open_validation(self, rows: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         """The rank's validation rows in file order, in batches of at most ``rows`` rows."""
-        return prefetched(self._validation(rows), pin=self.pin)
+        return prefetched(self._validation(rows))
 
     def _validation(self, rows: int) -> Iterator[Batch]:
-        with PlannedReader(
-            self.validation,
-            columns=self.fields,
-            decode=lambda table: decode(table, self.columns),
-            threads=self.threads,
-        ) as reader:
+        names = {column.field: column.name for column in self.columns}
+
+        def place(table: pa.Table, number: int) -> Tensors:
+            pool = WindowPool(self.layout, 0)
+            memory = RowMemory(table.num_rows, self.layout, pool.allocate, names, self.standardise)
+            memory.write(0, self.decoder(table, self.validation[number]))
+            return memory.tensors
+
+        with self.reading.open(self.validation, place, validation=True) as reader:
             for tensors in reader:
-                yield from self._batch([tensors]).split(rows)
+                total = len(next(iter(tensors.values())))
+                parts = -(-total // rows)
+                yield from self._batches(tensors, [(n + 1) * total // parts - n * total // parts for n in range(parts)])
 
-    def _batch(self, parts: Sequence[Tensors]) -> Batch:
-        joined = {
-            field: parts[0][field] if len(parts) == 1 else torch.cat([part[field] for part in parts])
-            for field in (self.fields if parts else ())
-        } or self._empty()
-        weight = self.columns.weight
-        return Batch(
-            tuple(joined[column.field] for column in self.columns.inputs),
-            tuple(joined[column.field] for column in self.columns.labels),
-            joined[weight.field] if weight is not None else None,
-        )
-
-    def _empty(self) -> Tensors:
-        return {
-            column.field: torch.empty(
-                (0,) if column.flat else (0, self.widths.get(column.field, 1)), dtype=getattr(torch, column.dtype)
-            )
-            for column in self.columns
-        }
+    def _batches(self, tensors: Tensors, counts: Sequence[int]) -> list[Batch]:
+        """Cut rows into batches of the given sizes."""
+        if self.pin:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        columns = self.columns
+        cut = {name: tensor.split(counts) for name, tensor in tensors.items()}
+        inputs = zip(*(cut[column.field] for column in columns.inputs), strict=True)
+        labels = zip(*(cut[column.field] for column in columns.labels), strict=True)
+        weights: Sequence[torch.Tensor | None] = [None] * len(counts)
+        if columns.weight is not None:
+            weights = cut[columns.weight.field]
+        return [Batch(*parts) for parts in zip(inputs, labels, weights, strict=True)]
 
 
-class _ShardFeed:
-    """The rows of one shard in the order of the epoch, window by window.
+def _allocate_field(allocate: Allocate, layout: Layout, name: str, rows: int) -> torch.Tensor:
+    dtype, shape = layout[name]
+    return allocate((rows, *shape), getattr(torch, dtype))
 
-    A window's rows are copied together once, into memory that is used again for the next window (fresh memory costs a
-    page fault every 4 KiB); every batch gathers its rows from there.
+
+@dataclass(slots=True)
+class _Group:
+    """Batches that are gathered at once.
+
+    Attributes:
+        sizes: Rows of each batch.
+        taken: Where the rows lie, batch after batch.
+        finished: What to call when they were gathered.
     """
 
-    def __init__(self, fields: Sequence[str]) -> None:
-        self._fields = fields
-        self._memory: Tensors = {}
-        self._parts: list[tuple[Tensors, torch.Tensor]] = []  # rows left of the windows so far, in order
-        self.rows = 0
+    sizes: list[int] = field(default_factory=list)
+    taken: list[Taken] = field(default_factory=list)
+    finished: list[Callable[[], None]] = field(default_factory=list)
 
-    def add(self, window: Window, reader: PlannedReader) -> None:
-        """Take the next window's pieces from the reader."""
-        pieces: list[Tensors] = [next(reader) for _ in window.pieces]
-        rest = self._left()
-        self._parts = [(rest, torch.arange(self.rows))] if self.rows else []
-        order = torch.from_numpy(window.order())
-        self._parts.append((self._joined(pieces, window.rows), order))
-        self.rows += window.rows
 
-    def take(self, rows: int) -> list[Tensors]:
-        """The next ``rows`` rows, in one tensor per field and window that they come from."""
-        taken = []
-        while rows:
-            tensors, order = self._parts[0]
-            now, later = order[:rows], order[rows:]
-            taken.append({field: tensors[field].index_select(0, now) for field in self._fields})
-            self._parts[0] = (tensors, later)
-            if not len(later):
-                self._parts.pop(0)
-            rows -= len(now)
-            self.rows -= len(now)
-        return taken
+@dataclass(slots=True)
+class _Arena:
+    """All rows of one shard, kept for every epoch.
 
-    def _left(self) -> Tensors:
-        """Copy what is left of the window whose memory is about to be used again: less than one batch."""
-        parts = [
-            {field: tensors[field].index_select(0, order) for field in self._fields} for tensors, order in self._parts
-        ]
-        return {field: torch.cat([part[field] for part in parts]) for field in self._fields} if parts else {}
+    Attributes:
+        memory: Where they lie, in file order; shared with the other shards that were dealt at the same time.
+        starts: Place of the first row of each piece.
+        filled: Pieces that are there.
+    """
 
-    def _joined(self, pieces: Sequence[Tensors], rows: int) -> Tensors:
-        joined = {}
-        for field in self._fields:
-            first = pieces[0][field]
-            memory = self._memory.get(field)
-            if memory is None or len(memory) < rows:
-                memory = self._memory[field] = torch.empty((rows, *first.shape[1:]), dtype=first.dtype)
-            joined[field] = torch.cat([piece[field] for piece in pieces], out=memory[:rows])
-        return joined
+    memory: RowMemory
+    starts: Int64
+    filled: set[int] = field(default_factory=set)
+
+    def rows(self) -> Tensors:
+        """The rows of the shard, by field."""
+        part = slice(int(self.starts[0]), int(self.starts[-1]))
+        return {name: tensor[part] for name, tensor in self.memory.prepare().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A piece that must be read, and where its rows go."""
+
+    key: tuple[int, int]
+    piece: Piece
+    memory: RowMemory
+    start: int
+
+    @property
+    def number(self) -> int:
+        """Which of its shard's pieces it is."""
+        return self.key[1]
+
+    def rows(self) -> Tensors:
+        """Where its rows lie."""
+        part = slice(self.start, self.start + self.piece.rows)
+        return {name: tensor[part] for name, tensor in self.memory.prepare().items()}
+
+
+@dataclass(slots=True)
+class _Coming:
+    """A window of one shard that the epoch will need.
+
+    Attributes:
+        position: Relative place of its first row in the shard: windows are read in this order.
+        shard: The shard.
+        window: The window.
+        skipped: Rows at its begin that were handed out in an earlier process.
+        memory: Where its rows go.
+        arena: Set where that is the shard's arena.
+        pool: Set where that memory is to be used again.
+        items: What must be read for it.
+    """
+
+    position: float
+    shard: int
+    window: Window
+    skipped: int
+    memory: RowMemory = field(init=False)
+    arena: _Arena | None = None
+    pool: WindowPool | None = None
+    items: list[_Item] = field(default_factory=list)
+
+    def find_items(self, pieces: Sequence[Piece]) -> None:
+        """The pieces to read, in order."""
+        start = 0
+        for number in self.window.pieces:
+            if self.arena is None or number not in self.arena.filled:
+                place = start if self.arena is None else int(self.arena.starts[number])
+                self.items.append(_Item((self.shard, number), pieces[number], self.memory, place))
+            start += pieces[number].rows
+
+    def fill(self, reader: PlannedReader) -> None:
+        """Wait until all pieces are there."""
+        for item in self.items:
+            next(reader)
+            if self.arena is not None:
+                self.arena.filled.add(item.number)
+
+    def add_to(self, feed: ShardFeed) -> None:
+        """Hand the rows to their shard's feed."""
+        tensors = self.memory.prepare()
+        order = torch.from_numpy(self.order()).to(next(iter(tensors.values())).device)
+        feed.add(tensors, order, None if self.pool is None else partial(self.pool.give_back, tensors))
+
+    def order(self) -> Int64:
+        """Places of the window's rows in its memory, in the order of the epoch; shape (rows - skipped,)."""
+        order = self.window.order()[self.skipped :]
+        if self.arena is None:
+            return order
+        numbers = list(self.window.pieces)
+        starts = self.arena.starts
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return order + starts[numbers[0]] if starts[numbers[0]] else order
+        places = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in numbers])
+        return places[order]
 
 
 @contextlib.contextmanager
-def prefetched(batches: Iterator[Batch], *, depth: int = 8, pin: bool = False) -> Iterator[Iterator[Batch]]:
-    """Produce batches in a thread of their own, at most ``depth`` ahead of their use.
+def prefetched(items: Iterator[T], *, depth: int = 8) -> Iterator[Iterator[T]]:
+    """Produce items in a thread of their own, at most ``depth`` ahead of their use.
 
-    Leaving the block stops the thread and closes ``batches`` in it. An error of the producer is raised by `next`.
+    Leaving the block stops the thread and closes ``items`` in it. An error of the producer is raised by `next`.
 
     Args:
-        batches: A generator of batches.
-        depth: Batches that may wait.
-        pin: Copy to page-locked memory, from which a GPU reads asynchronously.
+        items: A generator.
+        depth: Items that may wait.
     """
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -201,16 +508,16 @@ def prefetched(batches: Iterator[Batch], *, depth: int = 8, pin: bool = False) -
 
     def produce() -> None:
         try:
-            with contextlib.closing(batches):  # type: ignore[type-var]
-                for batch in batches:
-                    put(_pinned(batch) if pin else batch)
+            with contextlib.closing(items):  # type: ignore[type-var]
+                for item in items:
+                    put(item)
                     if stop.is_set():
                         return
             put(end)
         except BaseException as error:
             put(error)
 
-    def consume() -> Iterator[Batch]:
+    def consume() -> Iterator[T]:
         while (item := ready.get()) is not end:
             if isinstance(item, BaseException):
                 raise item
@@ -223,11 +530,3 @@ def prefetched(batches: Iterator[Batch], *, depth: int = 8, pin: bool = False) -
     finally:
         stop.set()
         thread.join()
-
-
-def _pinned(batch: Batch) -> Batch:
-    return Batch(
-        tuple(tensor.pin_memory() for tensor in batch.inputs),
-        tuple(tensor.pin_memory() for tensor in batch.labels),
-        batch.weight.pin_memory() if batch.weight is not None else None,
-    )

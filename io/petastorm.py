@@ -6,16 +6,19 @@ bounded buffer until their turn, so that 1 and 8 threads give the same sequence,
 error with a name instead of a shorter epoch.
 """
 
+import queue
 import random
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from petastorm.reader import Reader
-from petastorm.workers_pool import EmptyResultError, thread_pool
+from petastorm.workers_pool import EmptyResultError, VentilatedItemProcessedMessage, thread_pool
 from petastorm.workers_pool.thread_pool import ThreadPool
 from petastorm.workers_pool.ventilator import ConcurrentVentilator
 from petastorm.workers_pool.worker_base import WorkerBase
@@ -24,13 +27,27 @@ from sparkdl.errors import DataError
 from sparkdl.io.plan import Piece
 from sparkdl.storage import open_file_system
 
-__all__ = ["PlannedReader"]
+__all__ = ["PlannedReader", "select_piece"]
 
 thread_pool.random = random.Random(0)  # it draws a seed for every pool; not from the generator of the user's module
 
-Decode = Callable[[pa.Table], Any]
+Select = Callable[[pa.Table, Piece], pa.Table]
+Decode = Callable[[pa.Table, int], Any]
 _VENTILATION_SECONDS = 0.001
+_POLL_SECONDS = 0.1
+_JOIN_SECONDS = 5.0
 _OPEN_FILES = 16  # per thread
+
+
+def select_piece(table: pa.Table, piece: Piece) -> pa.Table:
+    """The rows of a piece out of those of its row group.
+
+    Raises:
+        ArrowInvalid: The row group has not as many rows as were planned.
+    """
+    if table.num_rows != piece.row_group.rows:
+        raise pa.ArrowInvalid(f"it has {table.num_rows} rows, {piece.row_group.rows} were planned")
+    return table.slice(piece.start, piece.rows)
 
 
 class PlannedReader(Reader):
@@ -42,9 +59,16 @@ class PlannedReader(Reader):
     Args:
         pieces: What to read, in order.
         columns: Names of the columns to read.
-        decode: Turns the Arrow table of a piece into what is handed out; runs in the reader threads.
+        decode: Turns the Arrow table of a piece and its place in ``pieces`` into what is handed out; runs in the reader
+            threads.
+        select: Takes the rows of a piece out of the table of its row group; runs in the reader threads.
+        recall: Asked before a piece is read, in the reader threads: True where its rows are at hand already, so that
+            nothing is read and None is handed out.
         threads: Reader threads.
         ahead: Pieces that may be in the works or wait for their turn at any time.
+        read_timeout: How long to wait for a piece.
+        storage_options: For the file system of the pieces' paths.
+        dictionaries: Columns to read as dictionaries: text that repeats itself.
 
     Raises:
         DataError: While iterating, where a file cannot be read or a piece is missing; names the file and row group.
@@ -56,8 +80,13 @@ class PlannedReader(Reader):
         *,
         columns: Sequence[str],
         decode: Decode,
+        select: Select = select_piece,
+        recall: Callable[[int], bool] | None = None,
         threads: int = 1,
         ahead: int = 4,
+        read_timeout: timedelta = timedelta(minutes=10),
+        storage_options: Mapping[str, Any] | None = None,
+        dictionaries: Sequence[str] = (),
     ) -> None:
         # Petastorm's constructor lists files and loads footers to build its own plan; ours is complete. What follows
         # sets the attributes that Reader's iteration, stop() and join() work on.
@@ -68,11 +97,13 @@ class PlannedReader(Reader):
         self.last_row_consumed = False
         self.stopped = False
         self._pieces = tuple(pieces)
-        self._files = _OpenFiles()
+        self._files = _OpenFiles(storage_options, dictionaries)
+        self._timeout = read_timeout
         self._waiting: dict[int, Any] = {}
         self._delivered = 0
         self._results_queue_reader = _InOrder(self)
-        self._workers_pool = ThreadPool(threads, results_queue_size=0)  # bounded by the ventilator
+        self._workers_pool = _TimedPool(threads, results_queue_size=0)  # bounded by the ventilator
+        self._workers_pool.timeout = read_timeout
         items = [{"number": number, "piece": piece} for number, piece in enumerate(self._pieces)]
         self.ventilator = _InOrderVentilator(
             self._workers_pool.ventilate,
@@ -80,7 +111,7 @@ class PlannedReader(Reader):
             max_ventilation_queue_size=ahead,
             ventilation_interval=_VENTILATION_SECONDS,
         )
-        arguments = (self._files, tuple(columns), decode)
+        arguments = (self._files, tuple(columns), select, decode, recall)
         self._workers_pool.start(_PieceWorker, arguments, ventilator=self.ventilator)
 
     def __exit__(
@@ -90,7 +121,8 @@ class PlannedReader(Reader):
         traceback: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, traceback)
-        self._files.close()
+        if not self._workers_pool.alive:
+            self._files.close()
 
     def next_in_order(self, pool: ThreadPool) -> Any:
         """The next piece of the plan.
@@ -103,10 +135,16 @@ class PlannedReader(Reader):
         if number == len(self._pieces):
             raise StopIteration
         while number not in self._waiting:
+            group = self._pieces[number].row_group
             try:
                 done, result = pool.get_results()
+            except queue.Empty:
+                raise DataError(
+                    f"Row group {group.index} of {group.path} did not arrive within {self._timeout.total_seconds():g} "
+                    "seconds. Is its storage reachable from this executor? Check the network and the storage options, "
+                    "then fit again."
+                ) from None
             except EmptyResultError:
-                group = self._pieces[number].row_group
                 raise DataError(
                     f"The reader ended without row group {group.index} of {group.path} ({len(self._waiting)} later "
                     "ones had arrived). This is a defect of the reader; the epoch was not completed."
@@ -119,6 +157,47 @@ class PlannedReader(Reader):
         self._delivered += 1
         self.ventilator.delivered()
         return result
+
+
+class _TimedPool(ThreadPool):
+    """Does not wait for a result for ever, nor at the end for a thread that waits for storage."""
+
+    timeout: timedelta
+
+    def get_results(self) -> Any:
+        """The next result.
+
+        Raises:
+            EmptyResultError: There is no more work, and no result.
+            queue.Empty: None came within ``timeout``.
+        """
+        waited_until = time.monotonic() + self.timeout.total_seconds()
+        while True:
+            # In this order: what is queued between the two looks must not be lost.
+            over = self._ventilator.completed() and self._ventilated_items == self._ventilated_items_processed
+            try:
+                result = self._results_queue.get(block=not over, timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if over:
+                    raise EmptyResultError from None
+                if time.monotonic() > waited_until:
+                    raise
+                continue
+            if not isinstance(result, VentilatedItemProcessedMessage):
+                return result
+            self._ventilated_items_processed += 1
+            self._ventilator.processed_item()
+
+    @property
+    def alive(self) -> bool:
+        """True while a thread runs."""
+        return any(worker.is_alive() for worker in self._workers)
+
+    def join(self) -> None:
+        """Wait for the threads; one that hangs in a read is a daemon, and ends with the read or with the process."""
+        patience = time.monotonic() + _JOIN_SECONDS
+        for worker in self._workers:
+            worker.join(max(0.0, patience - time.monotonic()))
 
 
 class _InOrder:
@@ -160,17 +239,17 @@ class _PieceWorker(WorkerBase):
     """Reads a piece and publishes ``(number, decoded)``, or ``(number, error)``."""
 
     def process(self, number: int, piece: Piece) -> None:
-        files, columns, decode = self.args
+        files, columns, select, decode, recall = self.args
         group = piece.row_group
+        result: Any = None
         try:
-            table = files.get(group.path).read_row_group(group.index, columns=list(columns), use_threads=False)
-            if table.num_rows != group.rows:
-                raise pa.ArrowInvalid(f"it has {table.num_rows} rows, {group.rows} were planned")
-            result = decode(table.slice(piece.start, piece.rows))
+            if recall is None or not recall(number):
+                table = files.get(group.path).read_row_group(group.index, columns=list(columns), use_threads=False)
+                result = decode(select(table, piece), number)
         except (OSError, pa.ArrowException, KeyError, IndexError) as error:
             result = DataError(
                 f"Row group {group.index} of {group.path} cannot be read: {error}. The file was changed, cut short or "
-                "removed after it was staged; fit again."
+                "removed since the fit began; fit again."
             )
         except BaseException as error:  # a thread that dies silently would leave the reader waiting
             result = error
@@ -180,7 +259,9 @@ class _PieceWorker(WorkerBase):
 class _OpenFiles:
     """Parquet files that the reader threads hold open: of each thread, the few that it used last."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage_options: Mapping[str, Any] | None, dictionaries: Sequence[str]) -> None:
+        self._storage_options = storage_options
+        self._dictionaries = list(dictionaries) or None
         self._threads: dict[int, dict[str, pq.ParquetFile]] = {}
 
     def get(self, path: str) -> pq.ParquetFile:
@@ -189,12 +270,17 @@ class _OpenFiles:
         if found is None:
             if len(mine) >= _OPEN_FILES:
                 mine.pop(next(iter(mine))).close(force=True)
-            file_system, inner = open_file_system(path)
+            file_system, inner = open_file_system(path, self._storage_options)
             # Only a spool file, which nobody else can reach, is mapped: reading behind the end of a file that was cut
             # short while it is mapped ends the process with SIGBUS.
             local = file_system.type_name == "local"
             source = inner if local else file_system.open_input_file(inner)
-            found = pq.ParquetFile(source, memory_map=inner.startswith("/dev/fd/"))
+            found = pq.ParquetFile(
+                source,
+                memory_map=inner.startswith("/dev/fd/"),
+                pre_buffer=not local,
+                read_dictionary=self._dictionaries,
+            )
         mine[path] = found
         return found
 

@@ -9,21 +9,33 @@ in the order of their keys, ties by shard, so every stretch of the sequence hold
 sizes. (This is the Webster/Sainte-Laguë apportionment, taken one seat at a time.)
 """
 
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from sparkdl.config import Shuffle
 from sparkdl.errors import ConfigError
 
-__all__ = ["Piece", "RowGroup", "ShardPlan", "Window", "plan_pieces", "plan_windows", "shards_of"]
+__all__ = [
+    "Piece",
+    "RowGroup",
+    "ShardPlan",
+    "Window",
+    "batch_row_ids",
+    "plan_deal",
+    "plan_pieces",
+    "plan_windows",
+    "shards_of",
+]
 
 Int64 = npt.NDArray[np.int64]
+_BLOCK = 4096  # steps whose bounds are computed at once
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -111,20 +123,21 @@ def plan_windows(
     pieces: Sequence[Piece],
     *,
     window: int,
-    shuffle: Literal["window", "none"],
+    shuffle: Shuffle,
     seed: int,
     epoch: int,
     shard: int,
 ) -> tuple[Window, ...]:
     """The order of one shard in one epoch, a function of (seed, epoch, shard) alone.
 
-    The pieces are permuted, then grouped in that order into windows of at least ``window`` rows; inside a window the
-    rows are permuted.
+    With ``"window"`` the pieces are permuted, then grouped in that order into windows of at least ``window`` rows;
+    inside a window the rows are permuted. With ``"full"`` the whole shard is one window. With ``"none"`` every piece
+    is a window of its own, in file order and unpermuted.
 
     Args:
         pieces: The shard's pieces.
         window: Rows that are shuffled together at least (a row group is never torn apart for it).
-        shuffle: ``"window"``, or ``"none"`` for file order.
+        shuffle: ``"window"``, ``"full"`` or ``"none"``.
         seed: Seed of the run.
         epoch: Number of the epoch, from 0.
         shard: Number of the shard.
@@ -132,8 +145,11 @@ def plan_windows(
     Returns:
         The windows of the epoch, in reading order; their rows sum up to the shard's.
     """
-    shuffled = shuffle == "window"
-    order = _generator(seed, epoch, shard, 0).permutation(len(pieces)) if shuffled else np.arange(len(pieces))
+    shuffled = shuffle != "none"
+    order = np.arange(len(pieces))
+    if shuffle == "window":
+        order = _generator(seed, epoch, shard, 0).permutation(len(pieces))
+    window = {"window": window, "full": sum(piece.rows for piece in pieces), "none": 1}[shuffle]
     windows: list[Window] = []
     group: list[int] = []
     offset = rows = 0
@@ -153,6 +169,29 @@ def plan_windows(
 def shards_of(rank: int, world_size: int, num_shards: int) -> range:
     """Shards dealt to a rank: those with ``shard % world_size == rank``."""
     return range(rank, num_shards, world_size)
+
+
+def plan_deal(seconds_per_row: Sequence[float], shard_rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Deal whole shards to ranks of different speed, so that the slowest rank is done as early as can be.
+
+    The longest-processing-time rule for related machines (Graham 1969; Gonzalez, Ibarra and Sahni 1977): the largest
+    shard first, each to the rank that would finish it first. What a rank was dealt decides only who computes, never
+    what is in a batch.
+
+    Args:
+        seconds_per_row: Of each rank, measured.
+        shard_rows: Rows of each shard.
+
+    Returns:
+        The shards of each rank, ascending. A very slow rank may get none.
+    """
+    rows = [0] * len(seconds_per_row)
+    dealt: list[list[int]] = [[] for _ in seconds_per_row]
+    for shard in sorted(range(len(shard_rows)), key=lambda number: (-shard_rows[number], number)):
+        rank = min(range(len(rows)), key=lambda one: ((rows[one] + shard_rows[shard]) * seconds_per_row[one], one))
+        rows[rank] += shard_rows[shard]
+        dealt[rank].append(shard)
+    return tuple(tuple(sorted(shards)) for shards in dealt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,16 +237,20 @@ class ShardPlan:
             Array of shape (stop - start + 1, shards). Step ``start + k`` takes rows ``bounds[k, s]`` to
             ``bounds[k + 1, s]`` of shard s, counted in the shard's order of the epoch.
         """
-        # Python integers: step * rows may pass 2**63.
-        positions = [step * self.num_rows // max(self.num_steps, 1) for step in range(start, stop + 1)]
-        return _rows_before(np.array(positions, np.int64), np.array(self.shard_rows, np.int64))
+        return _bounds(self, start, stop).copy()
 
-    def steps(self, block: int = 4096) -> Iterator[Int64]:
-        """The bounds of every step in turn: arrays of shape (2, shards), computed ``block`` steps at a time."""
-        for start in range(0, self.num_steps, block):
-            bounds = self.bounds(start, min(start + block, self.num_steps))
+    def steps(self) -> Iterator[Int64]:
+        """The bounds of every step in turn: arrays of shape (2, shards)."""
+        for start in range(0, self.num_steps, _BLOCK):
+            bounds = _bounds(self, start, min(start + _BLOCK, self.num_steps))
             for step in range(len(bounds) - 1):
                 yield bounds[step : step + 2]
+
+    def counts(self, shards: Sequence[int], first: int = 0) -> Iterator[list[int]]:
+        """How many rows each step from ``first`` on takes from each of ``shards``."""
+        for start in range(first - first % _BLOCK, self.num_steps, _BLOCK):
+            bounds = _bounds(self, start, min(start + _BLOCK, self.num_steps))[max(0, first - start) :, list(shards)]
+            yield from np.diff(bounds, axis=0).tolist()
 
     def fingerprint(self, **settings: object) -> str:
         """Digest of the plan and of the settings that decide the order; equal on all ranks or none may start."""
@@ -215,12 +258,19 @@ class ShardPlan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@functools.lru_cache(maxsize=16)  # the same in every epoch
+def _bounds(plan: ShardPlan, start: int, stop: int) -> Int64:
+    # Python integers: step * rows may pass 2**63.
+    positions = [step * plan.num_rows // max(plan.num_steps, 1) for step in range(start, stop + 1)]
+    return _rows_before(np.array(positions, np.int64), np.array(plan.shard_rows, np.int64))
+
+
 def batch_row_ids(
     row_groups: Sequence[RowGroup],
     plan: ShardPlan,
     *,
     window: int,
-    shuffle: Literal["window", "none"],
+    shuffle: Shuffle,
     seed: int,
     epoch: int,
 ) -> Iterator[Int64]:
@@ -246,7 +296,7 @@ def batch_row_ids(
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:
     # As spawn key the numbers of the stream are kept apart from the seed, whatever its size; as entropy they are not.
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)))
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
 def _rows_before(positions: Int64, shard_rows: Int64) -> Int64:

@@ -8,9 +8,23 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-__all__ = ["Column", "Columns", "Device", "Nulls", "Padding", "RunSpec", "Shuffle", "TrainConfig", "Validity"]
+__all__ = [
+    "CacheTier",
+    "Column",
+    "Columns",
+    "Device",
+    "Nulls",
+    "Padding",
+    "Partitioning",
+    "RunSpec",
+    "Shuffle",
+    "TrainConfig",
+    "Validity",
+]
 
-Shuffle = Literal["window", "none"]
+Shuffle = Literal["window", "full", "none"]
+CacheTier = Literal["auto", "none", "memory", "disk", "device"]
+Partitioning = Literal["sample", "batch", "random", "key"]
 Device = Literal["auto", "cpu", "cuda"]
 Validity = Literal["finite", "class", "weight", "any"]
 Nulls = Literal["error", "drop"] | float
@@ -96,7 +110,8 @@ class TrainConfig:
 
     shuffle: Shuffle = "window"
     """'window' re-draws the order of row groups, and of the rows within a window of them, every epoch from (seed,
-    epoch, shard). 'none' keeps the order of each shard; shards are still interleaved in every batch."""
+    epoch, shard). 'full' permutes all rows of a shard, which takes a cache that holds them. 'none' keeps the order of
+    each shard; shards are still interleaved in every batch."""
 
     seed: int = 0
     """Seed of the initial weights, of the order of the rows and of random layers."""
@@ -108,6 +123,38 @@ class TrainConfig:
     """Slices that every global batch is made of. The batches depend on this number and not on numTrainWorkers, so a
     fit with fewer ranks and the same numShards sees the same batches. At least numTrainWorkers, at most batchSize.
     None: numTrainWorkers."""
+
+    partitioning: Partitioning | None = None
+    """Which row goes to which shard. 'sample' deals rows round robin, 'batch' cuts them into runs of consecutive rows,
+    'random' draws by a hash of the row's place, 'key' keeps all rows of equal partitionKeyCol together. None: 'sample'
+    where ranks spool their rows, 'batch' with stagingDir and for Parquet read in place, which knows no other."""
+
+    partition_key_col: str | None = None
+    """Column for partitioning='key'."""
+
+    reshuffle_interval: int | None = None
+    """Epochs after which ranks exchange rows, so that all rows are permuted over all shards. Takes a cache that holds
+    every rank's rows. None: a row stays in its shard."""
+
+    balance_shards: bool = False
+    """Deal whole shards to ranks by the speed that they showed, between epochs: a slow rank gets fewer. Takes more
+    shards than ranks, and rows that all ranks reach (stagingDir, or Parquet read in place). Batches stay what they are;
+    which rank sums which of their rows, and so the last bits of the weights, follows the clock."""
+
+    cache: CacheTier = "auto"
+    """Where decoded rows are kept for later epochs: 'memory', 'disk' (the executor's local disk), 'device' (the GPU),
+    'none', or 'auto': the fastest of them that holds all rows of the rank, else all of them, as far as they go."""
+
+    cache_bytes: int | None = None
+    """Bytes that the cache of one rank may use. None: a part of what is free (40 % of memory, half of the disk and of the
+    GPU), shared by the ranks of a host."""
+
+    reader_threads: int | None = None
+    """Threads of one rank that read and decode. None: as many as the rank has cores, 4 at most."""
+
+    standardization: bool = False
+    """Bring floating inputs to mean 0 and variance 1 with exact statistics of all training rows, which the model keeps
+    and applies in transform."""
 
     device: Device = "auto"
     """'cpu', 'cuda', or 'auto': the GPU that Spark assigned to the task, else the one of the rank's number on its host
@@ -141,7 +188,7 @@ class RunSpec:
     """What to read."""
 
     payload: bytes = field(repr=False)
-    """Pickled (module, objective, optimizer recipe)."""
+    """Pickled (module, objective, optimizer recipe, transform)."""
 
     thresholds: int | None = None
     """How many thresholds a classifier was given; must be as many as its classes."""

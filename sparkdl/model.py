@@ -1,8 +1,9 @@
 """Fitted models: Spark ML Transformers that hold a trained module."""
 
 import copy
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -20,10 +21,19 @@ from torch import nn
 
 from sparkdl.config import Column, Columns, Device
 from sparkdl.errors import ConfigError
+from sparkdl.io.decode import Transform
 from sparkdl.io.schema import resolve_column, select_expressions
-from sparkdl.params import ClassifierColumns, EstimatorColumns, InputColumns, RegressorColumns, accessors
+from sparkdl.params import (
+    COLUMN_RULES,
+    ClassifierColumns,
+    EstimatorColumns,
+    InputColumns,
+    RegressorColumns,
+    accessors,
+    column_rules,
+)
 from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
-from sparkdl.predict import Kind, Outputs, Predictor, decide, is_one_logit, probabilities, raw_scores
+from sparkdl.predict import Kind, Outputs, Predictor, decide, is_one_logit, probabilities, raw_scores, standardised
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -53,8 +63,11 @@ class TrainingSummary:
         backend: How gradients were reduced.
         threads: Torch threads of a rank.
         rows: Training rows.
-        rankRows: Training rows that each rank read per epoch.
-        staged: True where rows were staged for all ranks, False where each spooled its own.
+        rankRows: Training rows that each rank read in the last epoch.
+        rankShards: The shards that each rank read then.
+        cache: Where rank 0 kept decoded rows for later epochs.
+        staged: True where rows lay where all ranks reach them (staged, or read in place), False where each spooled its
+            own.
         seconds: The whole fit.
     """
 
@@ -67,6 +80,8 @@ class TrainingSummary:
     threads: int
     rows: int
     rankRows: tuple[int, ...]
+    rankShards: tuple[tuple[int, ...], ...]
+    cache: str
     staged: bool
     seconds: float
 
@@ -78,16 +93,22 @@ class Fitted:
     Attributes:
         module: The trained module, on the CPU, in eval mode.
         floating: Name of the dtype that floating inputs are given in.
-        widths: Values per row of each input.
+        shapes: Shape of one row of each input, as the module takes it.
         outputs: Classes of a classifier, targets of a regressor.
+        transform: The user's function on the input columns.
+        assemble: Columns that were put together, for inputs that the DataFrame does not have.
+        moments: Mean and scale of standardised inputs, by field.
         history: One record per epoch.
         summary: What happened in the fit; None where the model was not fitted here or saved with it.
     """
 
     module: nn.Module
     floating: str
-    widths: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     outputs: int
+    transform: Transform | None = None
+    assemble: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    moments: Mapping[str, list[list[float]]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: TrainingSummary | None = None
 
@@ -97,7 +118,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._setDefault(device="auto", featuresCol="features")
+        self._setDefault(device="auto", featuresCol="features", **COLUMN_RULES)
         self._fitted: Fitted | None = None
 
     @property
@@ -129,7 +150,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
     @property
     def numFeatures(self) -> int:
         """Values per row that the module takes, over all inputs."""
-        return sum(self._state.widths)
+        return sum(math.prod(shape) for shape in self._state.shapes)
 
     @property
     def _state(self) -> Fitted:
@@ -165,7 +186,9 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
         if not added:
             return dataset
         columns = self._resolve(dataset)
-        predictor = Predictor(cloudpickle.dumps(self.module), columns, outputs, self._device())
+        state = self._state
+        payload = cloudpickle.dumps((self.module, state.transform))
+        predictor = Predictor(payload, columns, outputs, state.moments, self._device())
         result = StructType([StructField(name, kind) for name, kind in zip(outputs.names, added.values(), strict=True)])
         predict = arrow_udf(_iterate(predictor), result)  # type: ignore[call-overload]
         given = F.struct(*select_expressions(Columns(columns, ())))
@@ -179,15 +202,18 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
 
     def _resolve(self, dataset: "DataFrame") -> tuple[Column, ...]:
         param = "inputCols" if len(self._input_names()) > 1 else "featuresCol"
-        return tuple(
-            replace(
-                resolve_column(
-                    dataset, name, field=f"input_{number}", param=param, floating=self._state.floating, role="input"
-                ),
-                validity="any",
+        state = self._state
+        assemble = {name: parts for name, parts in state.assemble.items() if name not in dataset.columns}
+        rules = column_rules(self, transform=state.transform is not None, shapes={}, assemble=assemble)
+        found = []
+        for number, name in enumerate(self._input_names()):
+            column = resolve_column(
+                dataset, name, field=f"input_{number}", param=param, floating=state.floating, role="input", rules=rules
             )
-            for number, name in enumerate(self._input_names())
-        )
+            # Rows are never left out of a DataFrame that is transformed: a null that fit dropped is an error here.
+            nulls = "error" if column.nulls == "drop" else column.nulls
+            found.append(replace(column, validity="any", nulls=nulls))
+        return tuple(found)
 
     def _forward_one(self, value: Any) -> Any:
         """The module's output for one row, with an axis of one row."""
@@ -198,6 +224,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
             kind = getattr(torch, self._state.floating) if array.dtype.kind == "f" else torch.int64
             tensor = torch.as_tensor(array).to(kind)
             tensors.append(tensor[None] if tensor.ndim or kind == torch.int64 else tensor[None, None])
+        tensors = standardised(tensors, self._state.moments)
         with torch.inference_mode():
             return self.module(*tensors)
 
@@ -217,14 +244,17 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
         return ModuleReader(cls)
 
     def _saved_objects(self) -> dict[str, Any]:
-        return {"module": self.module}
+        transform = self._state.transform
+        return {"module": self.module, **({} if transform is None else {"transform": transform})}
 
     def _saved_facts(self) -> dict[str, Any]:
         state = self._state
         return {
             "floating": state.floating,
-            "widths": state.widths,
+            "shapes": state.shapes,
             "outputs": state.outputs,
+            "assemble": dict(state.assemble),
+            "moments": dict(state.moments),
             "history": state.history,
             "summary": asdict(state.summary) if state.summary else None,
         }
@@ -237,8 +267,11 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
         self._fitted = Fitted(
             module=objects["module"].eval(),
             floating=facts["floating"],
-            widths=tuple(facts["widths"]),
+            shapes=tuple(tuple(shape) for shape in facts["shapes"]),
             outputs=facts["outputs"],
+            transform=objects.get("transform"),
+            assemble={name: tuple(parts) for name, parts in facts["assemble"].items()},
+            moments=facts["moments"],
             history=facts["history"],
             summary=summary,
         )

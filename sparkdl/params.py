@@ -8,7 +8,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,9 +31,12 @@ from pyspark.ml.param.shared import (
     HasWeightCol,
 )
 
-from sparkdl.config import TrainConfig
+from sparkdl.config import Padding, TrainConfig
+from sparkdl.errors import ConfigError
+from sparkdl.io.schema import ColumnRules
 
 __all__ = [
+    "COLUMN_RULES",
     "ClassifierColumns",
     "EstimatorColumns",
     "InputColumns",
@@ -41,10 +44,13 @@ __all__ = [
     "TrainParams",
     "accessors",
     "camel_case",
+    "column_rules",
     "field_docs",
+    "rules_of_targets",
 ]
 
 P = TypeVar("P", bound=type[Params])
+COLUMN_RULES: dict[str, Any] = {"nulls": "error", "padding": None, "shapes": None, "vocabularies": None}
 
 
 def camel_case(name: str) -> str:
@@ -77,6 +83,14 @@ def _dict(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"Could not convert {value!r} to a dict")
     return dict(value)
+
+
+def _nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _nulls(rule) for name, rule in value.items()}
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError(f"Could not convert {value!r} to a rule for nulls")
+    return value
 
 
 def _converter(annotation: Any) -> Callable[[Any], Any]:
@@ -129,7 +143,36 @@ def _add(cls: type, name: str, method: Any, doc: str) -> None:
 
 
 class InputColumns(HasFeaturesCol, HasInputCols):
-    """The columns that the module is called with."""
+    """The columns that the module is called with, and what becomes of odd values in them."""
+
+    nulls: "Param[Any]" = Param(
+        Params._dummy(),
+        "nulls",
+        "what becomes of nulls: 'error', 'drop' (leave the row out, in training), or a number that replaces them; or a "
+        "dict from column to one of these.",
+        _nulls,
+    )
+    padding: "Param[dict[str, Any]]" = Param(
+        Params._dummy(),
+        "padding",
+        "how rows of array columns become equally long: a dict from column to {'length': values per row, 'value': what "
+        "fills shorter rows up (0), 'truncate': whether longer rows are cut (False: they are an error)}.",
+        _dict,
+    )
+    shapes: "Param[dict[str, list[int]]]" = Param(
+        Params._dummy(),
+        "shapes",
+        "shape of one row of columns that hold more than a list of values: a dict from column to sizes, [3, 32, 32] for "
+        "an image. Nested arrays need one.",
+        _dict,
+    )
+    vocabularies: "Param[dict[str, Any]]" = Param(
+        Params._dummy(),
+        "vocabularies",
+        "words of text columns: a dict from column to a list, in which a word's place is its number (int64); None has "
+        "fit learn all words of the training rows, the most frequent first.",
+        _dict,
+    )
 
     device: "Param[str]" = Param(Params._dummy(), "device", field_docs(TrainConfig)["device"], TypeConverters.toString)
 
@@ -189,6 +232,15 @@ class TrainParams(
         "learning rate of an optimizer given by name; 0.001 if not set. It is not scaled by the number of ranks.",
         TypeConverters.toFloat,
     )
+    transform: "Param[Any]" = Param(
+        Params._dummy(),
+        "transform",
+        "a function from a dict of columns to such a dict, called by the reader threads with some rows at a time, and "
+        "by the model's transform with the input columns alone: decoding, augmentation, tokenising. Numbers come as "
+        "tensors of shape (rows, ...), text and bytes as Arrow arrays; tensors of as many rows must come back. A "
+        "second argument, where the function has one, is a torch.Generator seeded by (seed, epoch, row group).",
+        _identity,
+    )
     labelCol: "Param[str]" = Param(
         Params._dummy(), "labelCol", "the column that the output is compared with.", TypeConverters.toString
     )
@@ -208,6 +260,7 @@ class TrainParams(
     def __init__(self) -> None:
         super().__init__()
         self._setDefault(optimizer="adamw", optimizerParams=None, learningRate=None, featuresCol="features")
+        self._setDefault(transform=None, **COLUMN_RULES)
         self._setDefault(**{camel_case(field.name): field.default for field in train_fields()})
 
     def _value(self, name: str) -> Any:
@@ -218,6 +271,51 @@ class TrainParams(
     def train_config(self) -> TrainConfig:
         """The Params as the config that travels to the ranks."""
         return TrainConfig(**{field.name: self._value(camel_case(field.name)) for field in train_fields()})
+
+
+def column_rules(
+    params: InputColumns,
+    *,
+    transform: bool,
+    shapes: Mapping[str, tuple[int, ...]],
+    assemble: Mapping[str, tuple[str, ...]],
+) -> ColumnRules:
+    """What is to become of odd values, from the Params.
+
+    Args:
+        params: The Estimator or model.
+        transform: True where a transform reads text and bytes.
+        shapes: Shapes that are known already; the Params go before them.
+        assemble: Parts of assembled columns.
+
+    Raises:
+        ConfigError: A rule that makes no sense.
+    """
+    padding = {}
+    for name, rule in (params.getOrDefault("padding") or {}).items():
+        if not isinstance(rule, dict) or not {"length"} <= rule.keys() <= {"length", "value", "truncate"}:
+            raise ConfigError(
+                f"padding={{{name!r}: {rule!r}}} is not a rule. Use {{'length': values per row, 'value': 0, 'truncate': "
+                "False}; the last two may be left out."
+            )
+        padding[name] = Padding(**rule)
+    declared = {name: tuple(shape) for name, shape in (params.getOrDefault("shapes") or {}).items()}
+    words = (params.getOrDefault("vocabularies") or {}).items()
+    return ColumnRules(
+        nulls=params.getOrDefault("nulls"),
+        padding=padding,
+        shapes={**shapes, **declared},
+        vocabularies={name: None if known is None else tuple(known) for name, known in words},
+        transform=transform,
+        assemble=assemble,
+    )
+
+
+def rules_of_targets(rules: ColumnRules) -> ColumnRules:
+    """The rules for labels and weights: one number for all columns must not make up a label."""
+    if isinstance(rules.nulls, Mapping) or rules.nulls == "drop":
+        return rules
+    return dataclasses.replace(rules, nulls="error")
 
 
 class ClassifierColumns(HasPredictionCol, HasProbabilityCol, HasRawPredictionCol, HasThresholds):

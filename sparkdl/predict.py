@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from sparkdl.barrier.device import cuda_index
 from sparkdl.config import Column, Device
 from sparkdl.errors import ConfigError, LaunchError
+from sparkdl.io.convert import raw_array
+from sparkdl.io.decode import Transform, apply_transform, draws_random_numbers
 from sparkdl.io.schema import to_array
 
-__all__ = ["Outputs", "Predictor", "decide", "is_one_logit", "probabilities", "raw_scores"]
+__all__ = ["Outputs", "Predictor", "decide", "is_one_logit", "probabilities", "raw_scores", "standardised"]
 
 Array = npt.NDArray[Any]
 Kind = Literal["raw", "probability", "prediction", "number", "targets", "output"]
@@ -46,33 +48,36 @@ class Predictor:
     """A picklable function from Arrow columns to Arrow structs, for an iterator Arrow UDF.
 
     Attributes:
-        module: The pickled module, loaded once per Python worker.
+        module: The pickled module and transform, loaded once per Python worker.
         inputs: The module's input columns, in order.
         outputs: What to return.
+        moments: Mean and scale of standardised inputs, by field.
         device: Where to run.
     """
 
     module: bytes = field(repr=False)
     inputs: tuple[Column, ...]
     outputs: Outputs
+    moments: Mapping[str, list[list[float]]] = field(default_factory=dict)
     device: Device = "auto"
 
     def __call__(self, batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
         """Predict for every batch: a struct of the input columns to a struct of the outputs."""
         device = _task_device(self.device)
-        module = _loaded(hashlib.sha256(self.module).hexdigest(), str(device), lambda: pickle.loads(self.module))
+        digest = hashlib.sha256(self.module).hexdigest()
+        module, transform = _loaded(digest, str(device), lambda: pickle.loads(self.module))
         for batch in batches:
-            yield self._struct(self.run(module, device, self._tensors(batch)), len(batch))
+            yield self._struct(self.run(module, device, self._tensors(batch, transform)), len(batch))
 
-    def _tensors(self, batch: pa.StructArray) -> tuple[Tensor, ...]:
-        found = []
+    def _tensors(self, batch: pa.StructArray, transform: Transform | None) -> Sequence[Tensor]:
+        values: dict[str, Any] = {}
         for number, column in enumerate(self.inputs):
-            values = to_array(batch.field(number), column)
-            if values.ndim == 1 and not column.flat:
-                values = values[:, None]
-            # to_array may return a view of Arrow's read-only memory, which torch warns of
-            found.append(torch.from_numpy(values if values.flags.writeable else values.copy()))
-        return tuple(found)
+            array = batch.field(number)
+            values[column.name] = raw_array(array, column, None) if column.kind == "raw" else _tensor(array, column)
+        if transform is not None:
+            generator = torch.Generator().manual_seed(0) if draws_random_numbers(transform) else None
+            values = apply_transform(transform, values, len(batch), generator)
+        return standardised([values[column.name] for column in self.inputs], self.moments)
 
     def run(self, module: nn.Module, device: torch.device, inputs: Sequence[Tensor]) -> list[Array]:
         """The outputs for some rows, in the order of `Outputs.names`."""
@@ -116,6 +121,30 @@ class Predictor:
             else:
                 arrays.append(_lists(column, pa.float32() if kind == "output" else pa.float64()))
         return pa.StructArray.from_arrays(arrays, list(self.outputs.names))
+
+
+def standardised(inputs: Sequence[Tensor], moments: Mapping[str, list[list[float]]]) -> list[Tensor]:
+    """Inputs as the module was trained on them.
+
+    Args:
+        inputs: One tensor per input, in order.
+        moments: Mean and scale by field; inputs without are left as they are.
+    """
+    found = []
+    for number, tensor in enumerate(inputs):
+        mean, scale = moments.get(f"input_{number}", (None, None))
+        if mean is not None:
+            tensor = (tensor - torch.tensor(mean, dtype=tensor.dtype)) * torch.tensor(scale, dtype=tensor.dtype)
+        found.append(tensor)
+    return found
+
+
+def _tensor(array: pa.Array, column: Column) -> Tensor:
+    values = to_array(array, column)
+    if values.ndim == 1 and not column.flat:
+        values = values[:, None]
+    # to_array may return a view of Arrow's read-only memory, which torch warns of
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def raw_scores(scores: Array) -> Array:
@@ -179,16 +208,19 @@ def _lists(values: Array, kind: pa.DataType) -> pa.ListArray:
 
 
 @functools.lru_cache(maxsize=2)
-def _cached(digest: str, device: str) -> list[nn.Module]:
+def _cached(digest: str, device: str) -> list[tuple[nn.Module, Transform | None]]:
     """A slot for one module in this Python worker."""
     return []
 
 
-def _loaded(digest: str, device: str, load: Callable[[], nn.Module]) -> nn.Module:
-    """The module, loaded once per Python worker and device; the two used last are kept."""
+def _loaded(
+    digest: str, device: str, load: Callable[[], tuple[nn.Module, Transform | None]]
+) -> tuple[nn.Module, Transform | None]:
+    """The module and its transform, loaded once per Python worker and device; the two used last are kept."""
     slot = _cached(digest, device)
     if not slot:
-        slot.append(load().to(device).eval())
+        module, transform = load()
+        slot.append((module.to(device).eval(), transform))
     return slot[0]
 
 

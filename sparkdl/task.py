@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,16 +17,17 @@ from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
 from sparkdl.barrier.launch import chunks
 from sparkdl.barrier.rendezvous import Entry, error_of
-from sparkdl.config import Column, Columns, RunSpec
+from sparkdl.config import Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
 from sparkdl.io.batches import RankData
-from sparkdl.io.plan import Piece, RowGroup, ShardPlan, plan_pieces, shards_of
-from sparkdl.io.schema import decode
-from sparkdl.io.stage import Facts, Spool, StagedDataset, open_spool, read_sample, window_rows
+from sparkdl.io.dataset import InPlace
+from sparkdl.io.decode import Layout, layout_of
+from sparkdl.io.stage import Facts, StagedDataset
 from sparkdl.objective import Objective
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
 from sparkdl.serialization import dump_weights
+from sparkdl.source import Source, open_source
 from sparkdl.trainer import History, Trainer
 
 __all__ = ["RankResult", "has_lazy_parts", "materialise", "run_rank"]
@@ -41,9 +42,13 @@ class RankResult:
         weights: Rank 0's weights as safetensors; empty from other ranks.
         device: Where the rank trained.
         threads: Torch threads of the rank.
-        rows: Training rows that the rank read in each epoch.
-        widths: Values per row of each input.
+        rows: Training rows that the rank read in its last epoch.
+        shards: The shards that it read then.
+        inputs: Name of the dtype and shape of one row of each input.
         outputs: Values per row of the module's output; 2 where it is the one logit of a classifier.
+        cache: Where decoded rows were kept, in words.
+        vocabularies: Words that were learnt, by column.
+        moments: Mean and scale of the inputs that were standardised, by field.
     """
 
     history: History
@@ -51,8 +56,12 @@ class RankResult:
     device: str
     threads: int
     rows: int
-    widths: list[int]
+    shards: list[int]
+    inputs: list[tuple[str, list[int]]]
     outputs: int
+    cache: str
+    vocabularies: dict[str, list[str]]
+    moments: dict[str, list[list[float]]]
 
     def to_chunks(self) -> Iterator[bytes]:
         """The result in pieces that a Spark row carries easily."""
@@ -68,13 +77,18 @@ class RankResult:
 
 
 def run_rank(
-    spec: RunSpec, staged: StagedDataset | None, rank: RankContext, batches: Iterator[pa.RecordBatch]
+    spec: RunSpec,
+    staged: StagedDataset | None,
+    in_place: InPlace | None,
+    rank: RankContext,
+    batches: Iterator[pa.RecordBatch],
 ) -> Iterator[bytes]:
     """Train as one rank, from the first row to the result.
 
     Args:
         spec: What to train and how.
-        staged: The staged rows; None to spool ``batches``.
+        staged: The rows that all ranks reach; None to spool ``batches``.
+        in_place: Set where these are the user's own Parquet files.
         rank: Who this is.
         batches: This rank's partition of the DataFrame.
 
@@ -84,16 +98,15 @@ def run_rank(
     Raises:
         SparkdlError: What any rank found wrong before joining; the same on every rank.
     """
-    config, columns = spec.config, spec.columns
+    config = spec.config
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(config.seed)  # of the weights of lazy modules
-        source = _Source(spec, staged, rank.world.rank)
 
         def prepare() -> tuple[str, dict[str, Any], _Ready]:
             """Everything that may fail alone: read, build, and try one forward."""
-            spool = stack.enter_context(source.open(batches))
-            module, objective, optimizer = pickle.loads(spec.payload)
+            module, objective, optimizer, transform = pickle.loads(spec.payload)
+            source = stack.enter_context(open_source(spec, staged, in_place, rank.world, batches, transform))
             device = select_device(
                 config.device,
                 gpu_addresses=rank.gpu_addresses,
@@ -101,31 +114,30 @@ def run_rank(
                 local_world_size=rank.world.local_world_size,
             )
             unused, outputs, error = False, 0, None
-            if spool.sample is not None:
+            sample = source.sample()
+            if sample is not None:
                 try:
-                    unused, outputs = _try_forward(module, objective, spool.sample, columns)
+                    unused, outputs = _try_forward(module, objective, sample, spec.columns)
                 except ConfigError as found:
-                    # Told to the others beside the widths: rows of different widths explain it better.
+                    # Told to the others beside the layouts: rows of different shapes explain it better.
                     error = asdict(rank.failure(found))
             facts = {
-                "shards": {shard: sum(group.rows for group in groups) for shard, groups in spool.shards.items()},
-                "validation": sum(group.rows for group in spool.validation),
-                "rows": spool.facts.to_json(),
+                **source.facts(),
+                "layout": layout_of(sample, spec.columns) if sample is not None else None,
                 "unused": unused,
                 "outputs": outputs,
                 "error": error,
             }
-            fingerprint = json.dumps([spec.run_id, device.type, source.fingerprint()])
-            return fingerprint, facts, _Ready(spool, module, objective, optimizer, device)
+            fingerprint = json.dumps([spec.run_id, device.type, source.fingerprint])
+            return fingerprint, facts, _Ready(source, module, objective, optimizer, device)
 
         entries, ready = rank.agree(prepare)
-        facts = _merge_facts(entries, columns)
-        outputs = max(entry.facts["outputs"] for entry in entries)
-        _check_classes(spec, outputs, facts)
-        data = source.rank_data(ready.spool, entries, facts, pin=ready.device.type == "cuda")
+        found = _agreed(entries, spec.columns)
+        _check_classes(spec, found.outputs, found.facts)
         module, objective, device = ready.module, ready.objective, ready.device
-        if ready.spool.sample is None:  # a rank without rows still needs a module of the right shape
-            materialise(module, columns.inputs, [facts.widths[column.field] for column in columns.inputs])
+        inputs = [found.layout[column.field] for column in spec.columns.inputs]
+        if not entries[rank.world.rank].facts["layout"]:  # a rank without rows still needs a module of the right shape
+            materialise(module, inputs)
 
         threads = thread_count(
             cores=available_cores(), local_world_size=rank.world.local_world_size, task_cpus=rank.task_cpus
@@ -136,22 +148,22 @@ def run_rank(
             torch.cuda.set_device(device)
         module.to(device)
         objective.to(device)
-        if rank.world.rank == 0:
-            _announce(spec, rank, device, threads, data)
         with rank.process_group(
             device,
             rendezvous_timeout=config.rendezvous_timeout,
             collective_timeout=config.collective_timeout,
         ):
-            strategy = DataParallel()
-            unused = any(entry.facts["unused"] for entry in entries)
-            strategy.prepare(module, objective, ready.optimizer, find_unused_parameters=unused)
+            data, learnt = ready.source.open_data(found.shard_rows, found.layout, device, threads)
+            if rank.world.rank == 0:
+                _announce(spec, rank, device, threads, data)
+            strategy = DataParallel(rank.world.hosts)
+            strategy.prepare(module, objective, ready.optimizer, find_unused_parameters=found.unused)
             trainer = Trainer(
                 strategy,
                 objective,
                 config,
                 device=device,
-                has_validation=any(entry.facts["validation"] for entry in entries),
+                has_validation=found.has_validation,
                 report=_reporter(rank),
             )
             history = trainer.fit(data)
@@ -161,9 +173,13 @@ def run_rank(
             weights=dump_weights(strategy.module) if rank.world.rank == 0 else b"",
             device=str(device),
             threads=threads,
-            rows=sum(data.plan.shard_rows[shard] for shard in data.pieces),
-            widths=[facts.widths[column.field] for column in columns.inputs],
-            outputs=outputs,
+            rows=data.rows,
+            shards=list(data.dealt),
+            inputs=[(dtype, list(shape)) for dtype, shape in inputs],
+            outputs=found.outputs,
+            cache=data.cache.plan.reason,
+            vocabularies=learnt.vocabularies,
+            moments=learnt.moments,
         )
         yield from result.to_chunks()
 
@@ -172,106 +188,70 @@ def run_rank(
 class _Ready:
     """What a rank has in hand when it meets the others."""
 
-    spool: Spool
+    source: Source
     module: nn.Module
     objective: Objective
     optimizer: OptimizerRecipe
     device: torch.device
 
 
-class _Source:
-    """Where this rank's rows are: its own spool, or its share of a staged dataset."""
+@dataclass(frozen=True, slots=True)
+class _Agreed:
+    """What is true of all ranks together.
 
-    def __init__(self, spec: RunSpec, staged: StagedDataset | None, rank: int) -> None:
-        self._spec = spec
-        self._staged = staged
-        self._rank = rank
-        self._shards = shards_of(rank, spec.config.num_train_workers, spec.num_shards)
+    Attributes:
+        facts: Of their rows.
+        shard_rows: Rows of every shard.
+        layout: Of decoded rows.
+        has_validation: True where any rank has validation rows.
+        unused: True where some parameters have no part in the output.
+        outputs: Values per row of the output.
+    """
 
-    @contextlib.contextmanager
-    def open(self, batches: Iterator[pa.RecordBatch]) -> Iterator[Spool]:
-        """The rows of this rank's shards, on its disk or on shared storage."""
-        if self._staged is None:
-            with open_spool(batches, self._spec.columns, self._shards) as spool:
-                yield spool
-            return
-        for _ in batches:  # only carries the rank's number
-            pass
-        everything = self._staged_pieces()
-        pieces = {shard: everything[shard] for shard in self._shards}
-        first = next((found[0] for found in pieces.values() if found), None)
-        yield Spool(
-            {shard: tuple(_as_group(piece) for piece in found) for shard, found in pieces.items()},
-            tuple(_as_group(piece) for piece in self._validation_pieces()),
-            self._staged.facts,
-            read_sample(first.row_group) if first else None,
-        )
-
-    def fingerprint(self) -> str:
-        """Digest of what all ranks must see alike."""
-        spec = self._spec
-        files = dict(self._staged.files) if self._staged else {}
-        return ShardPlan((0,) * spec.num_shards, spec.config.batch_size).fingerprint(
-            files=files, seed=spec.config.seed, shuffle=spec.config.shuffle, window=spec.window_bytes
-        )
-
-    def rank_data(self, spool: Spool, entries: tuple[Entry, ...], facts: Facts, *, pin: bool) -> RankData:
-        """The plan over all ranks, and this rank's part of it."""
-        spec = self._spec
-        rows = {int(shard): count for entry in entries for shard, count in entry.facts["shards"].items()}
-        if self._staged is None:
-            pieces = {shard: _whole(groups) for shard, groups in spool.shards.items()}
-            validation = _whole(spool.validation)
-        else:
-            everything = self._staged_pieces()
-            pieces = {shard: everything[shard] for shard in self._shards}
-            validation = self._validation_pieces()
-        return RankData(
-            plan=ShardPlan(tuple(rows[shard] for shard in range(spec.num_shards)), spec.config.batch_size),
-            pieces=pieces,
-            validation=validation,
-            columns=spec.columns,
-            window=window_rows(spec.columns, facts, spec.window_bytes),
-            shuffle=spec.config.shuffle,
-            seed=spec.config.seed,
-            widths=facts.widths,
-            pin=pin,
-        )
-
-    def _staged_pieces(self) -> tuple[tuple[Piece, ...], ...]:
-        assert self._staged is not None
-        return plan_pieces(self._staged.train, self._spec.num_shards)
-
-    def _validation_pieces(self) -> tuple[Piece, ...]:
-        assert self._staged is not None
-        return plan_pieces(self._staged.validation, self._spec.config.num_train_workers)[self._rank]
+    facts: Facts
+    shard_rows: tuple[int, ...]
+    layout: Layout
+    has_validation: bool
+    unused: bool
+    outputs: int
 
 
-def _whole(groups: tuple[RowGroup, ...]) -> tuple[Piece, ...]:
-    return tuple(Piece(group, 0, group.rows) for group in groups)
-
-
-def _as_group(piece: Piece) -> RowGroup:
-    """A row group with the rows of a piece of it, for counting."""
-    return RowGroup(piece.row_group.path, piece.row_group.index, piece.rows)
-
-
-def _merge_facts(entries: tuple[Entry, ...], columns: Columns) -> Facts:
+def _agreed(entries: tuple[Entry, ...], columns: Columns) -> _Agreed:
     """What is true of all ranks' rows together; the same, or the same error, on every rank."""
-    facts, rows = Facts(), 0
+    facts = Facts()
     for entry in entries:
         facts = facts.merge(Facts.of_json(entry.facts["rows"]), columns)
-        rows += sum(entry.facts["shards"].values())
-    if rows == 0:
-        hint = " All rows are marked for validation." if any(entry.facts["validation"] for entry in entries) else ""
+    rows = {int(shard): count for entry in entries for shard, count in entry.facts["shards"].items()}
+    has_validation = any(entry.facts["validation"] for entry in entries)
+    if not sum(rows.values()):
+        hint = " All rows are marked for validation." if has_validation else ""
         raise DataError(f"The DataFrame has no rows to train on.{hint} Check the filters and joins before fit.")
     errors = {entry.rank: Failure(**entry.facts["error"]) for entry in entries if entry.facts["error"]}
     if errors:
         raise error_of(errors)
-    return facts
+    layouts = [entry.facts["layout"] for entry in entries if entry.facts["layout"]]
+    layout = {field: (dtype, tuple(shape)) for field, (dtype, shape) in layouts[0].items()}
+    for column in columns:
+        seen = {json.dumps(other[column.field]): other[column.field] for other in layouts}
+        if len(seen) > 1:
+            shapes = " and ".join(f"{tuple(shape)} of {dtype}" for dtype, shape in seen.values())
+            raise DataError(
+                f"{column.name!r} has shape {shapes} per row on different ranks. Every row needs the same: check the "
+                "transform, or pad or cut the column before fit."
+            )
+    return _Agreed(
+        facts,
+        tuple(rows[shard] for shard in range(len(rows))),
+        layout,
+        has_validation,
+        any(entry.facts["unused"] for entry in entries),
+        max(entry.facts["outputs"] for entry in entries),
+    )
 
 
-def _try_forward(module: nn.Module, objective: Objective, sample: pa.Table, columns: Columns) -> tuple[bool, int]:
+def _try_forward(
+    module: nn.Module, objective: Objective, sample: Mapping[str, torch.Tensor], columns: Columns
+) -> tuple[bool, int]:
     """One forward and backward of two rows, before any other rank depends on this one.
 
     Lazy modules get their shapes; nothing else of the module changes.
@@ -283,10 +263,9 @@ def _try_forward(module: nn.Module, objective: Objective, sample: pa.Table, colu
     Raises:
         ConfigError: The module cannot take the inputs, or its output does not fit the loss.
     """
-    tensors = decode(sample, columns)
-    inputs = tuple(tensors[column.field] for column in columns.inputs)
-    targets = tuple(tensors[column.field] for column in columns.labels)
-    weight = tensors[columns.weight.field] if columns.weight is not None else None
+    inputs = tuple(sample[column.field] for column in columns.inputs)
+    targets = tuple(sample[column.field] for column in columns.labels)
+    weight = sample[columns.weight.field] if columns.weight is not None else None
     if has_lazy_parts(module):
         _forward(module.eval(), inputs)
         module.train()
@@ -334,12 +313,14 @@ def has_lazy_parts(module: nn.Module) -> bool:
     return any(isinstance(part, LazyModuleMixin) for part in module.modules())
 
 
-def materialise(module: nn.Module, inputs: Sequence[Column], widths: Sequence[int]) -> None:
-    """Give lazy modules their shapes where there is no row to show them."""
-    zeros = tuple(
-        torch.zeros((2,) if column.flat else (2, width), dtype=getattr(torch, column.dtype))
-        for column, width in zip(inputs, widths, strict=True)
-    )
+def materialise(module: nn.Module, inputs: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Give lazy modules their shapes where there is no row to show them.
+
+    Args:
+        module: The module.
+        inputs: Name of the dtype and shape of one row of each input.
+    """
+    zeros = tuple(torch.zeros((2, *shape), dtype=getattr(torch, dtype)) for dtype, shape in inputs)
     with torch.no_grad():
         _forward(module.eval(), zeros)
 
@@ -352,6 +333,7 @@ def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: i
         steps=data.plan.num_steps,
         rows=data.plan.num_rows,
         shards=spec.num_shards,
+        cache=data.cache.plan.reason,
         batch_size=spec.config.batch_size,
         world_size=rank.world.world_size,
         device=str(device),

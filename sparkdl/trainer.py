@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from sparkdl.batch import Batch
 from sparkdl.config import TrainConfig
-from sparkdl.io.plan import ShardPlan
+from sparkdl.io.plan import ShardPlan, plan_deal
 from sparkdl.objective import Objective
 from sparkdl.parallel import Strategy
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 History = list[dict[str, Any]]
 Report = Callable[[dict[str, Any]], None]
 _REPORT_SECONDS = 0.25
+_WORTH_MOVING = 0.9  # shards move only where the slowest rank is expected to need at most this part of its time
 
 
 class EpochData(Protocol):
@@ -34,8 +36,22 @@ class EpochData(Protocol):
         """The steps of an epoch."""
         ...
 
+    @property
+    def dealt(self) -> Sequence[int]:
+        """The shards that this rank reads."""
+        ...
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch and step of the batch that comes next."""
+        ...
+
+    def deal(self, shards: Sequence[int]) -> None:
+        """Read these shards from the next epoch on."""
+        ...
+
     def open_epoch(self, epoch: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        """This rank's slice of every step of an epoch."""
+        """This rank's slice of the steps of an epoch that are left."""
         ...
 
     def open_validation(self, rows: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
@@ -76,56 +92,90 @@ class Trainer:
         """Train for all epochs.
 
         Returns:
-            One record per epoch, equal on all ranks: epoch (from 1), step (optimizer steps so far), rows, loss (mean
-            over the rows of the epoch, as they were met), seconds, rows_per_second, data_wait (share of the time that
-            the loop waited for data, mean over ranks) and, with validation rows, validation_loss.
+            One record per epoch, equal on all ranks: epoch (from 1), step (optimizer steps so far), rows (read by all
+            ranks), loss (mean over the rows of the epoch, as they were met), seconds, rows_per_second, data_wait (share
+            of the time that the loop waited for data, mean over ranks), shard_rows_min, shard_rows_max and skew (the
+            largest shard by the mean) and, with validation rows, validation_loss.
         """
         history: History = []
-        for epoch in range(self._config.max_epochs):
+        shard_rows = data.plan.shard_rows
+        first, step = data.position
+        for epoch in range(first, self._config.max_epochs):
             started = time.perf_counter()
-            sums = self._train_epoch(data, epoch)
+            sums = self._train_epoch(data, epoch, step)
+            step = 0
             seconds = time.perf_counter() - started
-            loss, denominator, waited = self._over_ranks(*sums)
+            loss, denominator, waited, rows = self._over_ranks(sums.loss, sums.denominator, sums.waited, sums.rows)
             record = {
                 "epoch": epoch + 1,
                 "step": (epoch + 1) * data.plan.num_steps,
-                "rows": data.plan.num_rows,
+                "rows": int(rows),
                 "loss": loss / (denominator or 1.0),
                 "seconds": seconds,
-                "rows_per_second": data.plan.num_rows / seconds,
+                "rows_per_second": rows / seconds,
                 "data_wait": waited / dist.get_world_size() / seconds,
+                "shard_rows_min": min(shard_rows),
+                "shard_rows_max": max(shard_rows),
+                "skew": max(shard_rows) * len(shard_rows) / (sum(shard_rows) or 1),
             }
             if self._has_validation:
                 record["validation_loss"] = self._validate(data)
             history.append(record)
             self._report({**record, "event": "epoch"})
+            if self._config.balance_shards:
+                self._balance(data, sums)
         return history
 
-    def _train_epoch(self, data: EpochData, epoch: int) -> tuple[float, float, float]:
-        """Returns this rank's sum of losses, its denominator, and the seconds that it waited for data."""
-        plan, config = data.plan, self._config
+    def _train_epoch(self, data: EpochData, epoch: int, first: int) -> "_Sums":
+        """The steps of an epoch from ``first`` on."""
+        plan, config, strategy = data.plan, self._config, self._strategy
         rank = dist.get_rank()
-        self._strategy.module.train()
+        strategy.module.train()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         denominator_sum = waited = 0.0
+        rows = 0
+        busy = strategy.busy_seconds
         shown = time.perf_counter()
         with data.open_epoch(epoch) as batches:
-            for step in range(plan.num_steps):
+            for step in range(first, plan.num_steps):
                 asked = time.perf_counter()
                 batch = next(batches).to(self._device)
                 waited += time.perf_counter() - asked
 
                 torch.manual_seed(_step_seed(config.seed, epoch, step, rank))
                 own, everyone = self._denominators(batch, plan.batch_rows(step))
-                total += self._strategy.train_step(batch, everyone, config.micro_batch_size)
+                total += strategy.train_step(batch, everyone, config.micro_batch_size)
                 denominator_sum += own
+                rows += batch.rows
 
                 now = time.perf_counter()
                 if now - shown > _REPORT_SECONDS:
                     shown = now
                     loss = float(total) / (denominator_sum or 1.0)
                     self._report({"event": "step", "epoch": epoch + 1, "step": step + 1, "loss": loss})
-        return float(total), denominator_sum, waited
+        busy = strategy.busy_seconds - busy
+        return _Sums(float(total), denominator_sum, rows, waited, busy)
+
+    def _balance(self, data: EpochData, sums: "_Sums") -> None:
+        """Deal the shards anew where ranks differ in speed; every rank comes to the same result."""
+        shards, ranks = len(data.plan.shard_rows), dist.get_world_size()
+        # Shape (ranks, 2 + shards): seconds, rows, and which shards were this rank's.
+        mine = torch.zeros(ranks, 2 + shards, dtype=torch.float64)
+        mine[dist.get_rank(), :2] = torch.tensor([sums.busy + sums.waited, sums.rows])
+        mine[dist.get_rank(), [2 + shard for shard in data.dealt]] = 1
+        mine = mine.to(self._device)
+        dist.all_reduce(mine)
+        seconds, rows = mine[:, 0].tolist(), mine[:, 1].tolist()
+        mean = sum(seconds) / (sum(rows) or 1)
+        pace = [spent / read if read else mean for spent, read in zip(seconds, rows, strict=True)]
+        dealt = plan_deal(pace, data.plan.shard_rows)
+        expected = max(
+            speed * sum(data.plan.shard_rows[shard] for shard in own) for speed, own in zip(pace, dealt, strict=True)
+        )
+        if expected < _WORTH_MOVING * max(seconds):
+            data.deal(dealt[dist.get_rank()])
+            if dist.get_rank() == 0:
+                logger.info("shards dealt anew: %s per rank", " ".join(str(len(own)) for own in dealt))
 
     def _denominators(self, batch: Batch, batch_rows: int) -> tuple[float, float]:
         """What this rank's rows add to the divisor of the loss, and the divisor over all ranks."""
@@ -152,6 +202,25 @@ class Trainer:
         summed = torch.tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(summed)
         return tuple(summed.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What one rank counted in an epoch.
+
+    Attributes:
+        loss: Sum of its losses.
+        denominator: What they are divided by.
+        rows: Rows that it trained on.
+        waited: Seconds that its loop waited for data.
+        busy: Seconds that it computed, without waiting for other ranks.
+    """
+
+    loss: float
+    denominator: float
+    rows: int
+    waited: float
+    busy: float
 
 
 def _step_seed(seed: int, *counters: int) -> int:

@@ -38,6 +38,11 @@ class Strategy(Protocol):
         ...
 
     @property
+    def busy_seconds(self) -> float:
+        """Seconds that this rank has computed so far, without those in which it waited for others."""
+        ...
+
+    @property
     def module(self) -> nn.Module:
         """The module with its current weights."""
         ...

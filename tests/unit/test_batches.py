@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparkdl.batch import Batch
-from sparkdl.config import Column, Columns
+from sparkdl.config import CacheTier, Column, Columns, Shuffle
 from sparkdl.errors import DataError
-from sparkdl.io.batches import RankData, _ShardFeed, prefetched
-from sparkdl.io.petastorm import PlannedReader
-from sparkdl.io.plan import RowGroup, ShardPlan, Window, batch_row_ids, plan_pieces, shards_of
-from sparkdl.io.schema import decode, encode
-from tests.unit.staged import COLUMNS, FIELDS, WIDTHS, assert_rows, consecutive, whole, write_staged
+from sparkdl.io.batches import RankData, Reading, prefetched
+from sparkdl.io.cache import Cache, Free, plan_cache
+from sparkdl.io.decode import Decoder
+from sparkdl.io.plan import RowGroup, ShardPlan, batch_row_ids, plan_pieces, shards_of
+from sparkdl.io.schema import encode
+from tests.unit.staged import COLUMNS, WIDTH, assert_rows, consecutive, whole, write_staged
 
 pytestmark = pytest.mark.timeout(120)
 
 SIZES = [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 1, 0, 40]
-Shuffle = Literal["window", "none"]
+LAYOUT = {"input_0": ("float32", (WIDTH,)), "label_0": ("int64", ())}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def rank_data(
     threads: int = 1,
     columns: Columns = COLUMNS,
     validation: Sequence[RowGroup] = (),
+    cache: CacheTier = "none",
 ) -> RankData:
     """What a rank reads of staged row groups."""
     pieces = plan_pieces(groups, num_shards)
@@ -58,13 +59,19 @@ def rank_data(
         plan=ShardPlan(tuple(sum(piece.rows for piece in shard) for shard in pieces), batch_size),
         pieces={shard: pieces[shard] for shard in shards_of(rank, world_size, num_shards)},
         validation=plan_pieces(validation, world_size)[rank],
-        columns=columns,
+        decoder=Decoder(columns),
+        layout=LAYOUT if columns is COLUMNS else MANY_LAYOUT,
+        reading=Reading([column.field for column in columns], threads=threads),
         window=window,
         shuffle=shuffle,
         seed=7,
-        widths=WIDTHS,
-        threads=threads,
+        cache=cache_of(cache, 1 << 20),
     )
+
+
+def cache_of(tier: CacheTier, room: int) -> Cache:
+    """A cache of one tier, in which there is room for all rows."""
+    return Cache(plan_cache(tier, 0, Free(None, room, room)))
 
 
 def epoch_of(data: RankData, epoch: int = 0) -> list[Batch]:
@@ -86,8 +93,9 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "world_size": draw(st.integers(1, min(4, num_shards))),
         "batch_size": draw(st.sampled_from([num_shards, num_shards + 1, 16, 300])),
         "window": draw(st.sampled_from([1, 4, 20, 1000])),
-        "shuffle": draw(st.sampled_from(["window", "none"])),
+        "shuffle": draw(st.sampled_from(["window", "none", "full"])),
         "threads": draw(st.sampled_from([1, 3])),
+        "cache": draw(st.sampled_from(["none", "memory", "disk"])),
     }
 
 
@@ -95,6 +103,8 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
 @given(case=cases())
 def test_every_row_comes_once_an_epoch_in_the_steps_and_order_of_the_plan(groups: list[RowGroup], case: dict) -> None:
     chosen, world_size, threads = case.pop("chosen"), case.pop("world_size"), case.pop("threads")
+    if case["shuffle"] == "full" and case["cache"] == "none":
+        case["cache"] = "memory"
     data = [groups[number] for number in chosen]
     positions = np.array([row for number in chosen for row in consecutive(SIZES)[number]], np.int64)
     ranks = [rank_data(data, rank=rank, world_size=world_size, threads=threads, **case) for rank in range(world_size)]
@@ -175,6 +185,18 @@ MANY_WIDTHS = {
 }
 
 
+MANY_LAYOUT = {
+    "input_0": ("float64", (2,)),
+    "input_1": ("float32", (1,)),
+    "input_2": ("int64", ()),
+    "input_3": ("int64", (4,)),
+    "label_0": ("int64", ()),
+    "label_1": ("float32", ()),
+    "label_2": ("float32", (2,)),
+    "weight": ("float32", ()),
+}
+
+
 def many_values(ids: Sequence[int]) -> dict[str, np.ndarray]:
     rows = np.array(ids, np.int64)
     return {
@@ -210,9 +232,7 @@ def many_tensors(batch: Batch) -> dict[str, torch.Tensor]:
 
 def test_inputs_labels_and_weights_arrive_in_their_types_and_together(tmp_path: Path) -> None:
     groups = write_many(tmp_path / "many.parquet", consecutive([7, 20, 4]))
-    data = replace(
-        rank_data(groups, num_shards=2, batch_size=5, columns=MANY, window=10, validation=groups), widths=MANY_WIDTHS
-    )
+    data = rank_data(groups, num_shards=2, batch_size=5, columns=MANY, window=10, validation=groups)
     with data.open_validation(6) as batches:
         validation = list(batches)
     seen = []
@@ -229,12 +249,7 @@ def test_inputs_labels_and_weights_arrive_in_their_types_and_together(tmp_path: 
 
 def test_a_rank_without_rows_gets_empty_batches_of_the_right_shapes_and_types(tmp_path: Path) -> None:
     groups = write_many(tmp_path / "few.parquet", [[0], [1]])
-    both = [
-        replace(
-            rank_data(groups, num_shards=4, batch_size=4, rank=rank, world_size=2, columns=MANY), widths=MANY_WIDTHS
-        )
-        for rank in range(2)
-    ]
+    both = [rank_data(groups, num_shards=4, batch_size=4, rank=rank, world_size=2, columns=MANY) for rank in range(2)]
     empty, full = (epoch_of(data)[0] for data in both)  # shards 1 and 3 have a row each
     assert (full.rows, empty.rows) == (2, 0)
     for name, tensor in many_tensors(empty).items():
@@ -385,22 +400,3 @@ def test_no_more_than_depth_batches_wait() -> None:
         assert not source.made.acquire(timeout=0.2)
         next(batches)
         assert source.made.acquire(timeout=10)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-def test_windows_of_one_size_share_their_memory_and_batches_do_not(tmp_path: Path) -> None:
-    groups = write_staged(tmp_path / "even.parquet", consecutive([30, 30, 30]))
-    feed = _ShardFeed(FIELDS)
-    addresses, taken = set(), []
-    with PlannedReader(whole(groups), columns=FIELDS, decode=lambda table: decode(table, COLUMNS)) as reader:
-        for number in range(3):
-            feed.add(Window(30 * number, (number,), 30, (1, number)), reader)
-            (held, order) = feed._parts[-1]
-            assert len(order) == 30
-            addresses.add(tuple(held[field].data_ptr() for field in FIELDS))
-            taken += feed.take(25)  # what is left over is carried past the change of windows
-        taken += feed.take(15)
-    assert len(addresses) == 1
-    assert sorted(torch.cat([part["label_0"] for part in taken]).tolist()) == list(range(90))
-    for part in taken:
-        assert_rows(part["input_0"], part["label_0"], part["label_0"].tolist())

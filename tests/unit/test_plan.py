@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparkdl.io.plan as planning
 from sparkdl.errors import ConfigError
 from sparkdl.io.plan import (
     Piece,
@@ -18,6 +19,7 @@ from sparkdl.io.plan import (
     ShardPlan,
     Window,
     batch_row_ids,
+    plan_deal,
     plan_pieces,
     plan_windows,
     shards_of,
@@ -187,8 +189,43 @@ def test_steps_do_not_depend_on_how_many_are_computed_at_a_time(
 ) -> None:
     _, plan = found
     one = [bounds.tolist() for bounds in plan.steps()]
-    assert [bounds.tolist() for bounds in plan.steps(block=block)] == one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_BLOCK", block)
+        assert [bounds.tolist() for bounds in plan.steps()] == one
+        for first in range(plan.num_steps):
+            shards = range(0, len(plan.shard_rows), 2)
+            counts = list(plan.counts(shards, first))
+            assert counts == [[end[s] - begin[s] for s in shards] for begin, end in one[first:]]
     assert [plan.bounds(step, step + 1).tolist() for step in range(plan.num_steps)] == one
+
+
+# ---- dealing by speed ------------------------------------------------------------------------------------------------
+def finish(seconds: Sequence[float], rows: Sequence[int], dealt: Sequence[Sequence[int]]) -> float:
+    """When the last rank is done."""
+    return max(pace * sum(rows[shard] for shard in own) for pace, own in zip(seconds, dealt, strict=True))
+
+
+@given(
+    seconds=st.lists(st.floats(0.01, 100), min_size=1, max_size=5),
+    rows=st.lists(st.integers(0, 1000), min_size=1, max_size=7),
+)
+@settings(deadline=None)
+def test_every_shard_is_dealt_once_and_near_the_best_deal(seconds: list[float], rows: list[int]) -> None:
+    dealt = plan_deal(seconds, rows)
+    assert sorted(shard for own in dealt for shard in own) == list(range(len(rows)))
+    deals = itertools.product(range(len(seconds)), repeat=len(rows)) if len(seconds) ** len(rows) <= 3000 else []
+    best = min(
+        (finish(seconds, rows, [[s for s, r in enumerate(deal) if r == rank] for rank in range(len(seconds))]))
+        for deal in (*deals, [min(range(len(seconds)), key=seconds.__getitem__)] * len(rows))
+    )
+    # The bound of the rule for machines of different speed: twice the best.
+    assert finish(seconds, rows, dealt) <= 2 * best + 1e-9
+
+
+def test_a_rank_three_times_slower_gets_a_third() -> None:
+    assert plan_deal([1.0, 3.0], [10] * 8) == ((0, 1, 2, 4, 5, 6), (3, 7))
+    assert plan_deal([1.0, 1.0], [10] * 4) == ((0, 2), (1, 3))
+    assert plan_deal([1.0, 1000.0], [10, 10]) == ((0, 1), ())
 
 
 @given(found=plans(), window=st.integers(1, 60), epoch=st.integers(0, 3))
@@ -236,7 +273,9 @@ def test_an_epoch_without_rows_has_no_steps() -> None:
 
 
 # ---- windows and the order of a shard --------------------------------------------------------------------------------
-@given(sizes=SIZES, window=st.integers(1, 60), shuffle=st.sampled_from(["window", "none"]), epoch=st.integers(0, 3))
+@given(
+    sizes=SIZES, window=st.integers(1, 60), shuffle=st.sampled_from(["window", "full", "none"]), epoch=st.integers(0, 3)
+)
 @settings(deadline=None)
 def test_windows_cover_a_shard_and_all_but_the_last_are_full(
     sizes: list[int], window: int, shuffle: str, epoch: int
@@ -246,11 +285,16 @@ def test_windows_cover_a_shard_and_all_but_the_last_are_full(
     assert sorted(number for part in windows for number in part.pieces) == list(range(len(pieces)))
     assert [part.rows for part in windows] == [sum(pieces[number].rows for number in part.pieces) for part in windows]
     assert [part.offset for part in windows] == list(itertools.accumulate((p.rows for p in windows), initial=0))[:-1]
-    assert all(part.rows >= window for part in windows[:-1])
+    if shuffle == "window":
+        assert all(part.rows >= window for part in windows[:-1])
+    elif shuffle == "full":
+        assert len(windows) == min(1, len(pieces))
+    else:
+        assert [part.pieces for part in windows] == [(number,) for number in range(len(pieces))]
     for part in windows:
         assert sorted(part.order().tolist()) == list(range(part.rows))
         # No more pieces than it takes: without its last piece a window was not full.
-        assert part.rows - pieces[part.pieces[-1]].rows < window
+        assert shuffle == "full" or part.rows - pieces[part.pieces[-1]].rows < window
 
 
 @given(sizes=SIZES, window=st.integers(1, 60), epoch=st.integers(0, 3), num_shards=st.integers(1, 4))

@@ -31,15 +31,15 @@ SIZES = [5, 1, 9, 4, 2, 7, 3, 6, 8, 5, 5, 1, 2, 2, 10, 4]
 Tensors = dict[str, torch.Tensor]
 
 
-def to_tensors(table: pa.Table) -> Tensors:
+def to_tensors(table: pa.Table, number: int) -> Tensors:
     return decode(table, COLUMNS)
 
 
-def to_ids(table: pa.Table) -> list[int]:
+def to_ids(table: pa.Table, number: int = 0) -> list[int]:
     return table.column("label_0").to_pylist()
 
 
-def read_all(pieces: list[Piece], decode: Callable[[pa.Table], Any] = to_ids, **settings: Any) -> list[Any]:
+def read_all(pieces: list[Piece], decode: Callable[[pa.Table, int], Any] = to_ids, **settings: Any) -> list[Any]:
     with PlannedReader(pieces, columns=FIELDS, decode=decode, **settings) as reader:
         return list(reader)
 
@@ -73,7 +73,7 @@ def leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterato
 def test_results_come_in_the_order_of_the_plan_whichever_is_ready_first(groups: list[RowGroup], threads: int) -> None:
     finished: list[int] = []
 
-    def slow_at_first(table: pa.Table) -> list[int]:
+    def slow_at_first(table: pa.Table, number: int) -> list[int]:
         ids = to_ids(table)
         time.sleep(max(0.0, 0.04 - 0.001 * ids[0]))
         finished.append(ids[0])
@@ -94,7 +94,7 @@ def test_pieces_may_be_parts_of_row_groups_in_any_order_and_repeated(groups: lis
 
 
 def test_only_the_columns_asked_for_are_read(groups: list[RowGroup]) -> None:
-    with PlannedReader(whole(groups), columns=["label_0"], decode=lambda table: table.column_names) as reader:
+    with PlannedReader(whole(groups), columns=["label_0"], decode=lambda table, number: table.column_names) as reader:
         assert list(reader) == [["label_0"]] * len(groups)
 
 
@@ -135,7 +135,7 @@ def test_behind_a_slow_piece_no_more_than_the_buffer_is_decoded(groups: list[Row
     started = 0
     lock, others = threading.Lock(), threading.Semaphore(0)
 
-    def stalled(table: pa.Table) -> int:
+    def stalled(table: pa.Table, place: int) -> int:
         nonlocal started, excess
         number = to_ids(table)[0]
         with lock:
@@ -159,7 +159,7 @@ def test_behind_a_slow_piece_no_more_than_the_buffer_is_decoded(groups: list[Row
 def test_a_consumer_that_waits_holds_the_reader_back(groups: list[RowGroup]) -> None:
     decoded = threading.Semaphore(0)
 
-    def counted(table: pa.Table) -> list[int]:
+    def counted(table: pa.Table, number: int) -> list[int]:
         decoded.release()
         return to_ids(table)
 
@@ -178,12 +178,12 @@ def test_a_consumer_that_waits_holds_the_reader_back(groups: list[RowGroup]) -> 
 def test_a_result_that_never_comes_is_an_error_that_names_it(
     groups: list[RowGroup], monkeypatch: pytest.MonkeyPatch, lost: int, threads: int
 ) -> None:
-    class Losing(reading.ThreadPool):
+    class Losing(reading._TimedPool):
         def get_results(self) -> Any:
             number, result = super().get_results()
             return (number, result) if number != lost else super().get_results()
 
-    monkeypatch.setattr(reading, "ThreadPool", Losing)
+    monkeypatch.setattr(reading, "_TimedPool", Losing)
     read: list[list[int]] = []
     with PlannedReader(whole(groups), columns=FIELDS, decode=to_ids, threads=threads) as reader:
         missing = groups[lost]
@@ -288,7 +288,7 @@ def test_a_file_cut_short_while_it_is_open_does_not_kill_the_process(tmp_path: P
 
         path, rows = sys.argv[1], int(sys.argv[2])
         pieces = [Piece(RowGroup(path, index, rows), 0, 1) for index in range(3)]
-        with PlannedReader(pieces, columns=["number"], decode=lambda table: 0, ahead=1) as reader:
+        with PlannedReader(pieces, columns=["number"], decode=lambda table, number: 0, ahead=1) as reader:
             next(reader)
             os.truncate(path, 100)
             try:
@@ -318,7 +318,7 @@ def test_errors_of_decode_come_out_as_they_are(
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda details: None)
 
-    def failing(table: pa.Table) -> list[int]:
+    def failing(table: pa.Table, number: int) -> list[int]:
         ids = to_ids(table)
         if ids[0] >= 10:
             raise error

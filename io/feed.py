@@ -1,0 +1,188 @@
+"""Rows in memory: filled piece by piece by the reader threads, gathered into batches by the thread that makes them."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparkdl.errors import DataError
+from sparkdl.io.decode import Layout, Values
+
+__all__ = ["RowMemory", "ShardFeed", "Standardise", "WindowPool", "gather", "row_nbytes"]
+
+Tensors = dict[str, Tensor]
+Allocate = Callable[[str, int], Tensor]
+"""From the name of a field and a number of rows to an uninitialised tensor of its layout."""
+
+Standardise = Mapping[str, tuple[Tensor, Tensor]]
+"""By field: what is subtracted from its values, and what they are then multiplied with, each of shape (values,)."""
+
+
+def row_nbytes(layout: Layout) -> int:
+    """Bytes that one row takes in memory."""
+    return sum(torch.Size(shape).numel() * getattr(torch, dtype).itemsize for dtype, shape in layout.values())
+
+
+@dataclass(slots=True)
+class RowMemory:
+    """The rows of a window, or of a whole shard, one tensor per field.
+
+    Attributes:
+        rows: How many rows there is room for.
+        layout: Of each field.
+        allocate: Gives the memory, on the first write.
+        names: The user's names of the fields, for messages.
+        standardise: Applied to what is written.
+        tensors: The fields, each of shape (at least ``rows``, ...); empty before the first write.
+    """
+
+    rows: int
+    layout: Layout
+    allocate: Allocate
+    names: Mapping[str, str]
+    standardise: Standardise = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def prepare(self) -> Tensors:
+        """Allocate, unless that was done before.
+
+        Raises:
+            MemoryError: There is no room; likewise OSError and RuntimeError, depending on the kind of memory.
+        """
+        with self._lock:
+            if not self.tensors:
+                self.tensors = {name: self.allocate(name, self.rows) for name in self.layout}
+        return self.tensors
+
+    def write(self, start: int, values: Values) -> None:
+        """Copy decoded rows to their place: the only copy between the decoded pages and the batches.
+
+        Raises:
+            DataError: The rows have another shape or type than those before.
+        """
+        tensors = self.prepare()
+        for name, value in values.items():
+            parts = value if isinstance(value, tuple) else (value,)
+            place = tensors[name][start : start + len(parts[0])]
+            self._check(name, value)
+            if not isinstance(value, tuple):
+                place.copy_(value)
+            elif place.device.type == "cpu":
+                torch.stack(value, 1, out=place)
+            else:
+                place.copy_(torch.stack(value, 1))
+            if name in self.standardise:
+                mean, scale = self.standardise[name]
+                place.sub_(mean).mul_(scale)
+
+    def _check(self, name: str, value: Tensor | tuple[Tensor, ...]) -> None:
+        dtype, expected = self.layout[name]
+        found = (len(value),) if isinstance(value, tuple) else tuple(value.shape[1:])
+        kind = dtype if isinstance(value, tuple) else str(value.dtype).removeprefix("torch.")
+        if (found, kind) != (tuple(expected), dtype):
+            raise DataError(
+                f"{self.names[name]!r} has shape {tuple(expected)} of {dtype} in the first rows, but {found} of {kind} "
+                "in others. Every row needs the same: check the transform, or pad or cut the column before fit."
+            )
+
+
+class WindowPool:
+    """Memory of windows that are done, for those to come: fresh memory costs a page fault every 4 KiB.
+
+    Args:
+        layout: Of each field.
+        rows: Rows of the largest window.
+    """
+
+    def __init__(self, layout: Layout, rows: int) -> None:
+        self._layout = layout
+        self._rows = rows
+        self._free: dict[str, list[Tensor]] = {name: [] for name in layout}
+        self._lock = threading.Lock()
+
+    def allocate(self, name: str, rows: int) -> Tensor:
+        """Memory for ``rows`` rows of a field, or more."""
+        with self._lock:
+            if self._free[name]:
+                return self._free[name].pop()
+        dtype, shape = self._layout[name]
+        return torch.empty((max(rows, self._rows), *shape), dtype=getattr(torch, dtype))
+
+    def give_back(self, tensors: Tensors) -> None:
+        """Take memory that nobody reads any more."""
+        with self._lock:
+            for name, tensor in tensors.items():
+                self._free[name].append(tensor)
+
+
+@dataclass(slots=True)
+class _Part:
+    """Rows that wait to be taken, in order.
+
+    Attributes:
+        tensors: Where they lie.
+        order: Their places there, shape (rows,).
+        rows: How many they are.
+        taken: How many were taken.
+        done: Called when all were.
+    """
+
+    tensors: Tensors
+    order: Tensor
+    rows: int
+    done: Callable[[], None] | None
+    taken: int = 0
+
+
+class ShardFeed:
+    """The rows of one shard in the order of the epoch, window by window."""
+
+    def __init__(self) -> None:
+        self._parts: deque[_Part] = deque()
+        self.rows = 0
+
+    def add(self, tensors: Tensors, order: Tensor, done: Callable[[], None] | None = None) -> None:
+        """Append rows: ``order`` are their places in ``tensors``, ``done`` is called when all were gathered."""
+        rows = order.shape[0]
+        self._parts.append(_Part(tensors, order, rows, done))
+        self.rows += rows
+
+    def take(self, rows: int, taken: list["Taken"], finished: list[Callable[[], None]]) -> None:
+        """Append to ``taken`` where the next ``rows`` rows lie, to ``finished`` what to call when they were gathered."""
+        self.rows -= rows
+        while rows:
+            part = self._parts[0]
+            count = min(rows, part.rows - part.taken)
+            taken.append((part.tensors, part.order[part.taken : part.taken + count], count))
+            part.taken += count
+            rows -= count
+            if part.taken == part.rows:
+                if part.done is not None:
+                    finished.append(part.done)
+                self._parts.popleft()
+
+
+Taken = tuple[Tensors, Tensor, int]
+"""Tensors by field, places of rows in them, and how many these are."""
+
+
+def gather(taken: Sequence[Taken], layout: Layout) -> Tensors:
+    """One tensor per field of the rows at the given places, in this order, shape (rows, ...)."""
+    if not taken:
+        return {name: torch.empty((0, *shape), dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}
+    first = taken[0][0]
+    if all(tensors is first for tensors, _, _ in taken):
+        places = taken[0][1] if len(taken) == 1 else torch.cat([places for _, places, _ in taken])
+        return {name: tensor.index_select(0, places) for name, tensor in first.items()}
+    total = sum(count for _, _, count in taken)
+    found = {name: tensor.new_empty((total, *tensor.shape[1:])) for name, tensor in first.items()}
+    at = 0
+    for tensors, places, count in taken:
+        for name, out in found.items():
+            torch.index_select(tensors[name], 0, places, out=out[at : at + count])
+        at += count
+    return found

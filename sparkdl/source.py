@@ -1,0 +1,254 @@
+"""Where a rank's rows come from: its own spool, staged Parquet, or Parquet read in place.
+
+This is where the world and the shards meet: what is dealt to a rank is decided here, and nowhere below.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from sparkdl.barrier.world import World
+from sparkdl.config import Columns, RunSpec
+from sparkdl.io.batches import RankData, Reading
+from sparkdl.io.cache import Cache, find_free, plan_cache
+from sparkdl.io.dataset import InPlace, physical_columns, select_rows
+from sparkdl.io.decode import Decoder, Layout, Transform
+from sparkdl.io.exchange import global_moments, global_vocabulary
+from sparkdl.io.feed import Standardise, row_nbytes
+from sparkdl.io.plan import Piece, ShardPlan, plan_pieces, shards_of
+from sparkdl.io.stage import Facts, StagedDataset, open_spool
+
+__all__ = ["Learnt", "Source", "open_source"]
+
+_SAMPLE_ROWS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What was learnt of all ranks' rows before training; the model needs it as well.
+
+    Attributes:
+        vocabularies: Words of text columns, by column.
+        moments: Mean and scale of standardised inputs, by field.
+    """
+
+    vocabularies: dict[str, list[str]] = field(default_factory=dict)
+    moments: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The rows that one rank reaches.
+
+    Attributes:
+        spec: What to train and how.
+        world: Who this rank is.
+        pieces: Of every shard that it reaches: its own where it spooled them, else all.
+        validation: Its part of the validation rows.
+        rows: What is known of the rows.
+        decoder: From Arrow to tensors.
+        reading: How row groups are read.
+        fingerprint: Digest of what all ranks must see alike.
+    """
+
+    spec: RunSpec
+    world: World
+    pieces: Mapping[int, Sequence[Piece]]
+    validation: Sequence[Piece]
+    rows: Facts
+    decoder: Decoder
+    reading: Reading
+    fingerprint: str
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """The shards that this rank begins with."""
+        return tuple(shards_of(self.world.rank, self.world.world_size, self.spec.num_shards))
+
+    def sample(self) -> Mapping[str, torch.Tensor] | None:
+        """A few decoded training rows; None where the rank has none."""
+        first = next((self.pieces[shard][0] for shard in self.shards if self.pieces[shard]), None)
+        if first is None:
+            return None
+
+        def decode(table: pa.Table, number: int) -> Any:
+            rows = table.slice(0, _SAMPLE_ROWS)
+            words = {name: rows.column(at).unique().to_pylist() for name, at in self._unknown_words()}
+            return dataclasses.replace(self.decoder, columns=_with_words(self.decoder.columns, words))(rows, first)
+
+        with self.reading.open([first], decode) as reader:
+            values = next(reader)
+        return {name: torch.stack(value, 1) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What the other ranks need to know of this one's rows."""
+        return {
+            "shards": {shard: sum(piece.rows for piece in self.pieces[shard]) for shard in self.shards},
+            "validation": sum(piece.rows for piece in self.validation),
+            "rows": self.rows.to_json(),
+        }
+
+    def open_data(
+        self, shard_rows: tuple[int, ...], layout: Layout, device: torch.device, threads: int
+    ) -> tuple[RankData, Learnt]:
+        """The plan over all ranks, and this rank's part of it; the process group is up.
+
+        Args:
+            shard_rows: Rows of every shard.
+            layout: Of decoded rows.
+            device: Where the rank trains.
+            threads: Cores of the rank.
+        """
+        spec, config = self.spec, self.spec.config
+        reading = dataclasses.replace(self.reading, threads=config.reader_threads or min(threads, 4))
+        vocabularies = self._learn_vocabularies(reading)
+        decoder = dataclasses.replace(self.decoder, columns=_with_words(self.decoder.columns, vocabularies))
+        standardise = self._learn_moments(reading, decoder, layout) if config.standardization else {}
+        own = sum(shard_rows[shard] for shard in self.shards) * row_nbytes(layout)
+        # One pass needs no cache, unless its order does; random transforms must not be kept.
+        asked = config.cache
+        if asked == "auto" and (decoder.is_random or (config.max_epochs == 1 and config.shuffle != "full")):
+            asked = "none"
+        free = find_free(device, self.world.local_world_size)
+        data = RankData(
+            plan=ShardPlan(shard_rows, config.batch_size),
+            pieces=self.pieces,
+            validation=self.validation,
+            decoder=decoder,
+            layout=layout,
+            reading=reading,
+            window=max(1, spec.window_bytes // max(1, row_nbytes(layout))),
+            shuffle=config.shuffle,
+            seed=config.seed,
+            shards=self.shards,
+            cache=Cache(plan_cache(asked, own, free, config.cache_bytes), device),
+            standardise=standardise,
+            reshuffle_interval=config.reshuffle_interval,
+            pin=device.type == "cuda",
+            fingerprint=self.fingerprint,
+        )
+        moments = {name: [mean.tolist(), scale.tolist()] for name, (mean, scale) in standardise.items()}
+        return data, Learnt(vocabularies, moments)
+
+    def _own_pieces(self) -> list[Piece]:
+        return [piece for shard in self.shards for piece in self.pieces[shard]]
+
+    def _unknown_words(self) -> list[tuple[str, str]]:
+        """Names of the columns whose vocabulary has yet to be learnt, for the user and in the tables that are read."""
+        return [
+            (column.name, column.name if self.decoder.native else column.field)
+            for column in self.decoder.columns
+            if column.kind == "text" and column.vocabulary is None
+        ]
+
+    def _learn_vocabularies(self, reading: Reading) -> dict[str, list[str]]:
+        """All words of the columns that came without a vocabulary, over all ranks."""
+        found = {}
+        for name, at in self._unknown_words():
+
+            def words(table: pa.Table, number: int, at: str = at) -> pa.Array:
+                return table.column(at).combine_chunks()
+
+            with reading.open(self._own_pieces(), words) as reader:
+                found[name] = list(global_vocabulary(reader))
+        return found
+
+    def _learn_moments(self, reading: Reading, decoder: Decoder, layout: Layout) -> Standardise:
+        """Mean and scale of every floating input, over all training rows of all ranks."""
+        floating = [
+            column.field
+            for column in decoder.columns.inputs
+            if getattr(torch, layout[column.field][0]).is_floating_point
+        ]
+        if not floating:
+            return {}
+        pieces = self._own_pieces()
+
+        def values(table: pa.Table, number: int) -> torch.Tensor:
+            found = decoder(table, pieces[number])
+            return torch.cat(
+                [
+                    torch.stack(value, 1) if isinstance(value, tuple) else value.flatten(1)
+                    for value in (found[name] for name in floating)
+                ],
+                1,
+            )
+
+        with reading.open(pieces, values) as reader:
+            moments = global_moments(reader)
+        deviation = moments.variance.sqrt()
+        scale = torch.where(deviation > 0, 1 / deviation, 1.0)
+        widths = [torch.Size(layout[name][1]).numel() for name in floating]
+        parts = zip(floating, moments.mean.split(widths), scale.split(widths), strict=True)
+        return {
+            name: tuple(part.reshape(layout[name][1]).to(getattr(torch, layout[name][0])) for part in (mean, scaled))
+            for name, mean, scaled in parts
+        }
+
+
+@contextlib.contextmanager
+def open_source(
+    spec: RunSpec,
+    staged: StagedDataset | None,
+    in_place: InPlace | None,
+    world: World,
+    batches: Iterator[pa.RecordBatch],
+    transform: Transform | None,
+) -> Iterator[Source]:
+    """The rows of this rank's shards, on its own disk for the time of the block, or on storage that all ranks reach.
+
+    Args:
+        spec: What to train and how.
+        staged: The rows that all ranks reach; None to spool ``batches``.
+        in_place: Set where these are the user's own Parquet files.
+        world: Who this rank is.
+        batches: Its partition of the DataFrame; carries only the rank's number where rows are staged.
+        transform: The user's function on columns.
+    """
+    config, columns = spec.config, spec.columns
+    decoder = Decoder(columns, transform, native=in_place is not None, seed=config.seed)
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "shuffle": config.shuffle,
+        "window": spec.window_bytes,
+        "files": dict(staged.files) if staged else {},
+    }
+    fingerprint = ShardPlan((0,) * spec.num_shards, config.batch_size).fingerprint(**settings)
+    if staged is None:
+        shards = shards_of(world.rank, world.world_size, spec.num_shards)
+        with open_spool(batches, columns, shards) as spool:
+            whole = {shard: [Piece(group, 0, group.rows) for group in groups] for shard, groups in spool.shards.items()}
+            validation = [Piece(group, 0, group.rows) for group in spool.validation]
+            reading = Reading([column.field for column in columns])
+            yield Source(spec, world, whole, validation, spool.facts, decoder, reading, fingerprint)
+        return
+    for _ in batches:
+        pass
+    reading = Reading([column.field for column in columns])
+    if in_place is not None:
+        reading = Reading(
+            physical_columns(in_place),
+            select=partial(select_rows, context=in_place, split="train"),
+            select_validation=partial(select_rows, context=in_place, split="validation"),
+            dictionaries=[column.name for column in columns if column.kind == "text"],
+            storage_options=in_place.storage_options,
+        )
+    pieces = dict(enumerate(staged.pieces(spec.num_shards)))
+    validation = list(plan_pieces(staged.validation, world.world_size)[world.rank])
+    yield Source(spec, world, pieces, validation, staged.facts, decoder, reading, fingerprint)
+
+
+def _with_words(columns: Columns, vocabularies: Mapping[str, Sequence[str]]) -> Columns:
+    """The columns with these vocabularies."""
+
+    def known(column: Any) -> Any:
+        words = vocabularies.get(column.name)
+        return column if words is None else dataclasses.replace(column, vocabulary=tuple(words))
+
+    return dataclasses.replace(columns, inputs=tuple(map(known, columns.inputs)))
