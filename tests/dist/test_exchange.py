@@ -103,9 +103,9 @@ def messages(group: Any, rank: int, size: int) -> Any:
     tensors = [*[torch.full((3,), rank) for _ in range(100)], torch.empty(MIB)]
     counts = []
     for call in (broadcast, chain_broadcast):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.autograd.profiler.profile() as profile:
             call(tensors, group=group)
-        names = Counter(event.name for event in profile.events())
+        names = Counter(event.name for event in profile.function_events)
         counts.append({name: number for name, number in names.items() if name in ("gloo:broadcast", "gloo:recv")})
     return counts
 
