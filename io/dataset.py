@@ -111,7 +111,9 @@ class ParquetDataset:
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.urls or not all(isinstance(url, str) and url for url in self.urls):
+        given: Any = self.url
+        urls = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+        if not urls or not all(isinstance(url, str) and url for url in urls):
             raise ConfigError(f"url={self.url!r} names no files. Give a path or URL, or a list of them.")
         if self.filters is None or isinstance(self.filters, pc.Expression):
             return
@@ -384,20 +386,23 @@ def _infer_partition_types(files: Sequence[FileEntry]) -> dict[str, "DataType"]:
 def _type_of(text: str) -> "DataType":
     from pyspark.sql import types as T
 
-    if re.fullmatch(r"[+-]?[0-9]+", text):
-        number, digits = int(text), len(text.lstrip("+-0"))
-        for bits, kind in ((32, T.IntegerType()), (64, T.LongType())):
-            if -(1 << bits - 1) <= number < 1 << bits - 1:
-                return kind
-        return T.DecimalType(digits, 0) if digits <= 38 else T.DoubleType()
-    if re.fullmatch(r"[+-]?(NaN|Infinity|([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[fFdD]?)", text):
+    if re.fullmatch(r"[+-]?[0-9]+", text) and -(1 << 63) <= int(text) < 1 << 63:
+        return T.IntegerType() if -(1 << 31) <= int(text) < 1 << 31 else T.LongType()
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?", text):
+        _, digits, exponent = decimal.Decimal(text).as_tuple()
+        if isinstance(exponent, int) and exponent >= 0 and len(digits) + exponent <= 38:
+            return T.DecimalType(len(digits) + exponent, 0)
         return T.DoubleType()
-    kind = T.TimestampType() if ":" in text else T.DateType()
+    if re.fullmatch(r"[+-]?(NaN|Infinity|([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[fFdD])", text):
+        return T.DoubleType()
+    if re.search(r"\.[0-9]{2}", text):  # Spark's pattern has one digit for the fraction of a second
+        return T.StringType()
+    moment: DataType = T.TimestampType() if ":" in text else T.DateType()
     try:
-        _value_of(text, kind, "UTC")
+        _value_of(text, moment, "UTC")
     except ValueError:
         return T.StringType()
-    return kind
+    return moment
 
 
 def _common_type(kinds: Sequence["DataType"]) -> "DataType":
@@ -413,7 +418,8 @@ def _common_type(kinds: Sequence["DataType"]) -> "DataType":
     if names == {"date", "timestamp"}:
         return T.TimestampType()
     if "decimal" in names and names <= {"integer", "long", "decimal"}:
-        digits = [kind.precision if isinstance(kind, T.DecimalType) else 20 for kind in kinds]
+        widths = {"integer": 10, "long": 20}
+        digits = [kind.precision if isinstance(kind, T.DecimalType) else widths[kind.typeName()] for kind in kinds]
         return T.DecimalType(max(digits), 0)
     return T.StringType()
 
@@ -433,13 +439,14 @@ def _value_of(text: str | None, kind: "DataType", time_zone: str) -> Any:
         return float(text.rstrip("fFdD") if text[-1:] in "fFdD" else text)
     if name == "decimal":
         return decimal.Decimal(text)
-    found = re.fullmatch(r"(\d{4})-(\d\d?)-(\d\d?)(?: (\d\d):(\d\d):(\d\d)(?:\.(\d{1,6}))?)?", text, re.ASCII)
+    found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)(?: (\d\d):(\d\d):(\d\d)(?:\.(\d{1,6}))?)?", text, re.ASCII)
     if found is None or name not in ("date", "timestamp"):
         raise ValueError(text)
-    *numbers, fraction = (int(part or 0) for part in (*found.groups()[:6], (found[7] or "").ljust(6, "0")))
+    year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
     if name == "date":
-        return datetime.date(*numbers[:3])
-    return datetime.datetime(*numbers, fraction, ZoneInfo(time_zone))
+        return datetime.date(year, month, day)
+    microsecond = int((found[7] or "").ljust(6, "0"))
+    return datetime.datetime(year, month, day, hour, minute, second, microsecond, ZoneInfo(time_zone))
 
 
 def _typed(files: Sequence[FileEntry], kinds: Mapping[str, "DataType"], time_zone: str) -> tuple[FileEntry, ...]:
@@ -480,7 +487,7 @@ def _discovered(dataset: ParquetDataset, listing: _Listing, time_zone: str) -> D
         coded = coded_fields(load_unischema(dataset.unischema, stored, str(dataset)), binary)
         kinds.update((name, field_type(one)) for name, one in coded.items())
     kinds.update(_assembled_types(dataset.assemble, kinds))
-    partition_types = {name: to_arrow_type(kind) for name, kind in folders.items()}
+    partition_types = {name: to_arrow_type(kind, timezone="UTC") for name, kind in folders.items()}
     arrow_schema = pa.schema([*physical, *(pa.field(name, kind) for name, kind in partition_types.items())])
     _filter_columns(dataset.filters, arrow_schema)
     return DiscoveredDataset(
@@ -723,6 +730,10 @@ def _condition(context: InPlace, dropping: Iterable[str], split: Split | None) -
     if split is not None and context.columns.validation is not None:
         held = pc.coalesce(pc.field(context.columns.validation.name), pc.scalar(False))
         conditions.append(held if split == "validation" else ~held)
+    return _all_of(conditions)
+
+
+def _all_of(conditions: Sequence[pc.Expression]) -> pc.Expression | None:
     return functools.reduce(lambda left, right: left & right, conditions) if conditions else None
 
 
@@ -825,12 +836,10 @@ def merge_reports(discovered: DiscoveredDataset, columns: Columns, reports: Sequ
             f"{len(bad)} of {len(reports)} files; the first is {bad[0].path}. Leave such rows out with "
             f"filters=pyarrow.compute.field({name!r}).is_valid(), or fill them before fit."
         )
-    train, validation = (
-        tuple(sorted(RowGroup(report.path, *group) for report in reports for group in groups_of(report)))
-        for groups_of in (lambda report: report.train, lambda report: report.validation)
-    )
+    train = [RowGroup(report.path, *group) for report in reports for group in report.train]
+    validation = [RowGroup(report.path, *group) for report in reports for group in report.validation]
     files = {report.path: report.size for report in reports}
-    return StagedDataset(str(discovered.dataset), train, validation, facts, files)
+    return StagedDataset(str(discovered.dataset), tuple(sorted(train)), tuple(sorted(validation)), facts, files)
 
 
 def _inspect(context: InPlace, entry: FileEntry, systems: FileSystems) -> FileReport:
@@ -869,6 +878,7 @@ class _Inspection:
         self._leaves = _leaves_by_column(file.schema_arrow)
         self._nulls: dict[str, int] = {}
         self._labels: tuple[int, int] | None = None
+        self._dropped = 0
 
     def report(self) -> FileReport:
         train, validation = [], []
@@ -880,7 +890,7 @@ class _Inspection:
             if held:
                 validation.append((index, held))
         widths, row = self._first_row(min((*train, *validation))[0]) if train or validation else ({}, "")
-        facts = Facts(widths, self._labels, row)
+        facts = Facts(widths, self._labels, row, self._dropped)
         return FileReport(self._entry.path, self._entry.size, tuple(train), tuple(validation), facts, self._nulls)
 
     def _possible_groups(self) -> list[int]:
@@ -895,8 +905,10 @@ class _Inspection:
             pc.field(name).is_null() if not (value := one_row.column(name)[0]).is_valid else pc.field(name) == value
             for name in context.partition_types
         ]
-        known = functools.reduce(lambda left, right: left & right, folders, pc.scalar(True))
-        fragment = ds.ParquetFileFormat().make_fragment(self._source, partition_expression=known)
+        known = _all_of(folders)
+        fragment = ds.ParquetFileFormat().make_fragment(
+            self._source, partition_expression=pc.scalar(True) if known is None else known
+        )
         parts = fragment.split_by_row_group(filter=context.row_filters, schema=context.schema)
         return sorted(group.id for part in parts for group in part.row_groups)
 
@@ -919,7 +931,9 @@ class _Inspection:
         read = deciding | dropping | {*checked, *(column.name for column in labels)}
         if not read:
             return rows, 0
-        kept = _filter(self._read(index, read), _condition(context, dropping, None))
+        passed = _filter(self._read(index, read), context.row_filters)
+        kept = _filter(passed, _all_of([pc.field(name).is_valid() for name in sorted(dropping)]))
+        self._dropped += passed.num_rows - kept.num_rows
         for name in checked:
             if missing := kept.column(name).null_count:
                 self._nulls[name] = self._nulls.get(name, 0) + missing
