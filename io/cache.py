@@ -18,7 +18,6 @@ Files on disk have no names: they vanish with the process, however it ends, and 
 
 import errno
 import logging
-import mmap
 import os
 import shutil
 import tempfile
@@ -349,8 +348,8 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: str | None) 
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             file.truncate(size)
-        mapped = mmap.mmap(file.fileno(), size)
-    return torch.frombuffer(mapped, dtype=dtype).reshape(shape)
+        flat = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size // dtype.itemsize, dtype=dtype)
+    return flat.reshape(shape)
 
 
 def _bytes(block: Mapping[str, Tensor]) -> int:

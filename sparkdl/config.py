@@ -146,8 +146,8 @@ class TrainConfig:
     'none', or 'auto': the fastest of them that holds all rows of the rank, else all of them, as far as they go."""
 
     cache_bytes: int | None = None
-    """Bytes that the cache of one rank may use. None: a part of what is free (40 % of memory, half of the disk and of the
-    GPU), shared by the ranks of a host."""
+    """Bytes that the cache of one rank may use. None: a part of what is free (40 % of memory, half of the disk, half of
+    the GPU), shared by the ranks of a host."""
 
     reader_threads: int | None = None
     """Threads of one rank that read and decode. None: as many as the rank has cores, 4 at most."""

@@ -59,7 +59,7 @@ from sparkdl.task import RankResult, has_lazy_parts, materialise, run_rank
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-    Rows = DataFrame | DiscoveredDataset
+    Rows = Any  # a DataFrame or a DiscoveredDataset: both have a schema and columns
 
 __all__ = ["TorchClassifier", "TorchEstimator", "TorchRegressor"]
 
@@ -165,7 +165,7 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         spec: RunSpec,
         spark: SparkSession,
     ) -> "tuple[DataFrame, StagedDataset | None, InPlace | None]":
-        """What feeds the ranks: a DataFrame of one partition each, and what they need to know to read on by themselves."""
+        """What feeds the ranks: a DataFrame of one partition each, and what they must know to read by themselves."""
         config, ranks = spec.config, spec.config.num_train_workers
         if isinstance(rows, DiscoveredDataset):
             staged = inspect_dataset(spark, rows, spec.columns)
@@ -230,7 +230,7 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         _check_config(config)
         return config
 
-    def _checked(self, dataset: "DataFrame | DiscoveredDataset", config: TrainConfig) -> "_Job":
+    def _checked(self, dataset: "Rows", config: TrainConfig) -> "_Job":
         """Everything else that can be known to be wrong without a job.
 
         Raises:
@@ -260,8 +260,8 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         if isinstance(dataset, DiscoveredDataset):
             if config.partitioning not in (None, "batch"):
                 raise ConfigError(
-                    f"partitioning={config.partitioning!r} moves rows, but Parquet read in place stays where it is. Use "
-                    "partitioning='batch', or fit(spark.read.parquet(...)), which deals rows as asked."
+                    f"partitioning={config.partitioning!r} moves rows, but Parquet read in place stays where it is. "
+                    "Use partitioning='batch', or fit(spark.read.parquet(...)), which deals rows as asked."
                 )
         elif config.partitioning is not None:
             check_partitioning(dataset, config.partitioning, config.partition_key_col)

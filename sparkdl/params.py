@@ -162,8 +162,8 @@ class InputColumns(HasFeaturesCol, HasInputCols):
     shapes: "Param[dict[str, list[int]]]" = Param(
         Params._dummy(),
         "shapes",
-        "shape of one row of columns that hold more than a list of values: a dict from column to sizes, [3, 32, 32] for "
-        "an image. Nested arrays need one.",
+        "shape of one row of columns that hold more than a list of values: a dict from column to sizes, [3, 32, 32] "
+        "for an image. Nested arrays need one.",
         _dict,
     )
     vocabularies: "Param[dict[str, Any]]" = Param(
@@ -295,8 +295,8 @@ def column_rules(
     for name, rule in (params.getOrDefault("padding") or {}).items():
         if not isinstance(rule, dict) or not {"length"} <= rule.keys() <= {"length", "value", "truncate"}:
             raise ConfigError(
-                f"padding={{{name!r}: {rule!r}}} is not a rule. Use {{'length': values per row, 'value': 0, 'truncate': "
-                "False}; the last two may be left out."
+                f"padding={{{name!r}: {rule!r}}} is not a rule. Use {{'length': values per row, 'value': 0, "
+                "'truncate': False}; the last two may be left out."
             )
         padding[name] = Padding(**rule)
     declared = {name: tuple(shape) for name, shape in (params.getOrDefault("shapes") or {}).items()}

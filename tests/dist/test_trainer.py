@@ -115,6 +115,14 @@ class HandMade:
     case: Case
     rank: int
     plan: ShardPlan = PLAN
+    position: tuple[int, int] = (0, 0)
+
+    @property
+    def dealt(self) -> tuple[int, ...]:
+        return (self.rank,)
+
+    def deal(self, shards: Sequence[int]) -> None:
+        raise AssertionError("nobody asked for it")
 
     @contextlib.contextmanager
     def open_epoch(self, epoch: int) -> Iterator[Iterator[Batch]]:
