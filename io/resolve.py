@@ -4,9 +4,9 @@ The table of types is in `sparkdl.io.schema`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -14,16 +14,27 @@ from sparkdl.config import Column, Nulls, Padding
 from sparkdl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
-    from pyspark.sql.types import DataType
+    from pyspark.sql.types import DataType, StructType
 
-__all__ = ["ColumnRules", "Role", "check_rules", "resolve_column"]
+__all__ = ["ColumnRules", "Role", "TypedColumns", "check_rules", "resolve_column"]
 
 Role = Literal["input", "target", "number", "class", "weight", "validation"]
 
 _INTEGRAL = ("tinyint", "smallint", "int", "bigint")
 _FLOATING = ("float", "double", "boolean")
 _TIMES = ("date", "timestamp", "timestamp_ntz")
+
+
+class TypedColumns(Protocol):
+    """What is asked of a DataFrame here; a Parquet data set that nobody has loaded can answer it as well."""
+
+    @property
+    def schema(self) -> "StructType":
+        """Spark's types of the columns."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +89,7 @@ def check_rules(rules: ColumnRules, names: Iterable[str]) -> None:
 
 
 def resolve_column(
-    df: "DataFrame",
+    df: TypedColumns,
     name: str,
     *,
     field: str,

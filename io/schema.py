@@ -128,8 +128,9 @@ def encode(
             values = to_array(array, column, named, (widths or {}).get(column.field))
             array, metadata = _cells(values), {_VALUES: values.dtype.name.encode()}
             seen[column.field] = math.prod(values.shape[1:])
+        nullable = _stays_arrow(column) and not isinstance(column.nulls, str)  # filled when the words are numbered
         arrays.append(array)
-        fields.append(pa.field(column.field, array.type, nullable=False, metadata=metadata))
+        fields.append(pa.field(column.field, array.type, nullable=nullable, metadata=metadata))
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields)), seen
 
 
