@@ -1,10 +1,12 @@
 """Batches of a rank: every row once, in the order that the plan says, whatever the ranks, shards and threads."""
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +18,14 @@ from hypothesis import strategies as st
 
 from sparkdl.batch import Batch
 from sparkdl.config import CacheTier, Column, Columns, Shuffle
-from sparkdl.errors import DataError
+from sparkdl.errors import ConfigError, DataError
 from sparkdl.io.batches import RankData, Reading, prefetched
-from sparkdl.io.cache import Cache, Free, plan_cache
-from sparkdl.io.decode import Decoder
-from sparkdl.io.plan import RowGroup, ShardPlan, batch_row_ids, plan_pieces, shards_of
+from sparkdl.io.cache import Cache, CachePlan, Free, Tier, plan_cache
+from sparkdl.io.decode import Decoder, Values
+from sparkdl.io.feed import WindowPool
+from sparkdl.io.plan import Piece, RowGroup, ShardPlan, batch_row_ids, plan_pieces, shards_of
 from sparkdl.io.schema import encode
-from tests.unit.staged import COLUMNS, WIDTH, assert_rows, consecutive, whole, write_staged
+from tests.unit.staged import COLUMNS, WIDTH, assert_rows, consecutive, features_of, whole, write_staged
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -400,3 +403,214 @@ def test_no_more_than_depth_batches_wait() -> None:
         assert not source.made.acquire(timeout=0.2)
         next(batches)
         assert source.made.acquire(timeout=10)
+
+
+# ---- kept rows -------------------------------------------------------------------------------------------------------
+class CountingDecoder(Decoder):
+    """Remembers which pieces it was given."""
+
+    read: ClassVar[list[Piece]] = []
+
+    def __call__(self, table: pa.Table, piece: Piece | None = None, epoch: int = 0) -> Values:
+        assert piece is not None
+        self.read.append(piece)
+        return super().__call__(table, piece, epoch)
+
+
+@pytest.fixture
+def pieces_read() -> list[Piece]:
+    CountingDecoder.read.clear()
+    return CountingDecoder.read
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("shuffle", ["window", "full", "none"])
+def test_kept_rows_come_in_the_same_order_and_are_read_once(
+    groups: list[RowGroup], pieces_read: list[Piece], cache: CacheTier, shuffle: Shuffle
+) -> None:
+    kept = rank_data(groups, num_shards=3, shuffle=shuffle, cache=cache, threads=2)
+    read = replace(rank_data(groups, num_shards=3, shuffle=shuffle, cache="memory"), decoder=Decoder(COLUMNS))
+    kept = replace(kept, decoder=CountingDecoder(COLUMNS))
+    for epoch in range(4):
+        fresh = replace(read)  # knows nothing of earlier epochs
+        assert ids_of(epoch_of(kept, epoch)) == ids_of(epoch_of(fresh, epoch))
+    assert sorted(pieces_read, key=repr) == sorted((p for own in kept.pieces.values() for p in own), key=repr)
+
+
+@pytest.mark.parametrize("rooms", [(400,), (300, 500), (0, 2000), (150, 150)])
+def test_rows_that_fit_nowhere_whole_are_kept_in_parts(
+    groups: list[RowGroup], pieces_read: list[Piece], rooms: tuple[int, ...]
+) -> None:
+    tiers: tuple[tuple[Tier, int], ...] = (("memory", 0), ("disk", 0))
+    plan = CachePlan(tuple((name, room) for (name, _), room in zip(tiers, rooms, strict=False)), False, "in parts")
+    kept = replace(rank_data(groups, num_shards=2, threads=2), decoder=CountingDecoder(COLUMNS), cache=Cache(plan))
+    total = sum(len(own) for own in kept.pieces.values())
+    for epoch in range(3):
+        assert ids_of(epoch_of(kept, epoch)) == ids_of(epoch_of(rank_data(groups, num_shards=2), epoch))
+    assert total <= len(pieces_read) < 3 * total, "something was kept, and not everything had to be"
+
+
+def test_a_full_shuffle_without_room_says_what_to_do(groups: list[RowGroup]) -> None:
+    small = replace(rank_data(groups, shuffle="full"), cache=Cache(plan_cache("memory", 5000, Free(None, 1000, None))))
+    with pytest.raises(ConfigError, match=r"shuffle='full' needs all rows.*do not fit into the cache.*cacheBytes"):
+        epoch_of(small)
+
+
+def test_a_cache_that_gets_no_memory_falls_back(groups: list[RowGroup], caplog: pytest.LogCaptureFixture) -> None:
+    class Broke(Cache):
+        def reserve(self, need: int) -> Any:
+            allocate = super().reserve(need)
+
+            def fails(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+                raise MemoryError("no more")
+
+            return fails if allocate is not None and self.plan.tiers[0][0] == "memory" else allocate
+
+    broke = Broke(CachePlan((("memory", 1 << 20), ("disk", 1 << 20)), True, "all"))
+    data = replace(rank_data(groups), cache=broke)
+    assert ids_of(epoch_of(data)) == ids_of(epoch_of(rank_data(groups)))
+    assert broke.plan.tiers[0][0] == "disk"
+    assert "no more" in caplog.text
+
+
+def test_windows_of_one_pass_share_their_memory_and_batches_do_not(tmp_path: Path) -> None:
+    groups = write_staged(tmp_path / "even.parquet", consecutive([30] * 40))
+    data = rank_data(groups, window=30, batch_size=5)
+    addresses = set()
+    allocate = WindowPool.allocate
+
+    def seen(pool: WindowPool, name: str, rows: int) -> torch.Tensor:
+        tensor = allocate(pool, name, rows)
+        addresses.add(tensor.data_ptr())
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WindowPool, "allocate", seen)
+        batches = epoch_of(data)
+    # Two fields, in the windows that are drained and in those that the reader fills ahead of them; not in all forty.
+    assert len(addresses) < 2 * 20
+    assert sorted(row for ids in ids_of(batches) for row in ids) == list(range(1200))
+    for batch in batches:
+        assert_rows(batch.inputs[0], batch.labels[0], batch.labels[0].tolist())
+
+
+def test_kept_rows_are_standardised_once(groups: list[RowGroup]) -> None:
+    mean, scale = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 2.0, 1.0])
+    data = replace(rank_data(groups, cache="memory"), standardise={"input_0": (mean, scale)})
+    for epoch in range(2):
+        for batch in epoch_of(data, epoch):
+            expected = (torch.from_numpy(features_of(batch.labels[0].numpy())) - mean) * scale
+            torch.testing.assert_close(batch.inputs[0], expected)
+
+
+# ---- dealing ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_shards_may_change_their_rank_between_epochs(groups: list[RowGroup], cache: CacheTier) -> None:
+    everything = rank_data(groups, num_shards=6)
+    ranks = [replace(rank_data(groups, num_shards=6, cache=cache), shards=own) for own in ((0, 2, 4), (1, 3, 5))]
+    deals = [((0, 2, 4), (1, 3, 5)), ((0, 1, 2, 3, 5), (4,)), ((), (0, 1, 2, 3, 4, 5)), ((3, 4), (0, 1, 2, 5))]
+    for epoch, deal in enumerate(deals):
+        for rank, own in zip(ranks, deal, strict=True):
+            rank.deal(own)
+        parts = [ids_of(epoch_of(rank, epoch)) for rank in ranks]
+        for mine, theirs, step in zip(*parts, ids_of(epoch_of(everything, epoch)), strict=True):
+            assert sorted(mine + theirs) == sorted(step), "what is in a batch changed"
+
+
+# ---- state -----------------------------------------------------------------------------------------------------------
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    num_shards=st.integers(1, 4),
+    before=st.integers(1, 4),
+    after=st.integers(1, 4),
+    epoch=st.integers(0, 2),
+    part=st.floats(0, 1),
+    shuffle=st.sampled_from(["window", "none", "full"]),
+    cache=st.sampled_from(["none", "memory"]),
+)
+def test_a_fresh_process_goes_on_with_the_next_batch_on_any_number_of_ranks(
+    groups: list[RowGroup],
+    num_shards: int,
+    before: int,
+    after: int,
+    epoch: int,
+    part: float,
+    shuffle: Shuffle,
+    cache: CacheTier,
+) -> None:
+    settings_of = {"num_shards": num_shards, "shuffle": shuffle, "cache": "memory" if shuffle == "full" else cache}
+    whole_epochs = [ids_of(epoch_of(rank_data(groups, **settings_of), number)) for number in range(epoch, epoch + 2)]
+    steps = len(whole_epochs[0])
+    stop = int(part * steps)
+    states = []
+    first_world = min(before, num_shards)
+    for rank in range(first_world):
+        data = rank_data(groups, rank=rank, world_size=first_world, **settings_of)
+        data.load_state_dict({"epoch": epoch, "step": 0, "fingerprint": ""})
+        with data.open_epoch(epoch) as batches:
+            for _ in range(stop):
+                next(batches)
+        states.append(json.loads(json.dumps(data.state_dict())))
+    assert all(state == states[0] for state in states)
+    world = min(after, num_shards)
+    resumed = [rank_data(groups, rank=rank, world_size=world, **settings_of) for rank in range(world)]
+    for data in resumed:
+        data.load_state_dict(states[0])
+        assert data.position == ((epoch, stop) if stop < steps else (epoch + 1, 0))
+    for number in range(data.position[0], epoch + 2):
+        first = stop if number == epoch else 0
+        parts = [ids_of(epoch_of(data, number)) for data in resumed]
+        for own, step in zip(zip(*parts, strict=True), whole_epochs[number - epoch][first:], strict=True):
+            assert sorted(row for ids in own for row in ids) == sorted(step)
+
+
+@pytest.mark.parametrize("shuffle", ["window", "none"])
+def test_to_resume_reads_again_one_window_per_shard_at_most(
+    tmp_path: Path, pieces_read: list[Piece], shuffle: Shuffle
+) -> None:
+    groups = write_staged(tmp_path / "even.parquet", consecutive([10] * 40))
+    data = replace(
+        rank_data(groups, num_shards=2, batch_size=8, shuffle=shuffle, window=20), decoder=CountingDecoder(COLUMNS)
+    )
+    data.load_state_dict({"epoch": 0, "step": 31, "fingerprint": ""})
+    assert sum(len(ids) for ids in ids_of(epoch_of(data))) == 400 - 31 * 8
+    # 248 rows are done, 124 of each shard: 12 of its 20 row groups, or 6 of its windows of two.
+    left = {"window": 2 * (20 - 12), "none": 2 * (20 - 12)}[shuffle]
+    assert len(pieces_read) == left
+
+
+def test_the_state_of_another_plan_is_refused(groups: list[RowGroup]) -> None:
+    data = replace(rank_data(groups), fingerprint="now")
+    with pytest.raises(ConfigError, match=r"belongs to plan then, but this run has plan now.*only the number of ranks"):
+        data.load_state_dict({"epoch": 0, "step": 3, "fingerprint": "then"})
+
+
+# ---- shuffle ---------------------------------------------------------------------------------------------------------
+def correlation(order: Sequence[int]) -> float:
+    """Rank correlation of the place in the source and the place in the epoch."""
+    return float(abs(np.corrcoef(order, np.arange(len(order)))[0, 1]))
+
+
+def test_rows_sorted_by_label_are_mixed_as_by_a_full_shuffle(tmp_path: Path) -> None:
+    """Sorted data is the worst case of a window: labels come in runs as long as row groups."""
+    rows, size = 12_000, 100
+    groups = write_staged(tmp_path / "sorted.parquet", consecutive([size] * (rows // size)))
+    orders: dict[str, list[int]] = {}
+    spread: dict[str, float] = {}
+    for name, settings_of in {
+        "full": {"shuffle": "full", "cache": "memory"},
+        "window": {"shuffle": "window", "window": 12 * size},
+        "none": {"shuffle": "none"},
+    }.items():
+        batches = ids_of(epoch_of(rank_data(groups, num_shards=4, batch_size=200, **settings_of)))
+        orders[name] = [row for ids in batches for row in ids]
+        # Of ten classes of equal size, how far is the share of the first from a tenth?
+        shares = [sum(row < rows // 10 for row in ids) / len(ids) for ids in batches]
+        spread[name] = float(np.std(shares))
+    assert correlation(orders["none"]) > 0.05
+    assert correlation(orders["full"]) < 0.04
+    assert correlation(orders["window"]) < 0.15
+    # A batch of a full shuffle strays by sqrt(0.1 * 0.9 / 200) = 0.02 (0 in every fourth of rows of a shard).
+    assert spread["full"] < 0.05
+    assert spread["window"] < 3 * spread["full"] + 0.05
+    assert spread["none"] > 2 * spread["full"]
