@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 from zoneinfo import ZoneInfo
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.acero as acero
 import pyarrow.compute as pc
@@ -29,8 +30,9 @@ from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from sparkdl.config import Column, Columns
 from sparkdl.errors import ConfigError, DataError, SparkdlError
+from sparkdl.io.convert import null_rows, to_array, whole
 from sparkdl.io.plan import Piece, RowGroup
-from sparkdl.io.schema import show_row, to_array
+from sparkdl.io.schema import show_row
 from sparkdl.io.stage import Facts, StagedDataset
 from sparkdl.io.unischema import (
     UNISCHEMA_KEY,
@@ -691,7 +693,7 @@ def select_rows(table: pa.Table, piece: Piece, *, context: InPlace, split: Split
     group = piece.row_group
     table = _with_folders(table, context, group.path)
     if table.num_rows != group.rows:
-        table = _filter(table, _condition(context, _dropping(context), split))
+        table = _kept(table, context, split)
     if table.num_rows != group.rows:
         raise DataError(
             f"Row group {group.index} of {group.path} has {table.num_rows} rows to train on, but {group.rows} were "
@@ -706,8 +708,8 @@ def _sources(column: Column) -> tuple[str, ...]:
     return column.parts or (column.name,)
 
 
-def _dropping(context: InPlace) -> set[str]:
-    return {name for column in context.columns if column.nulls == "drop" for name in _sources(column)}
+def _dropping(context: InPlace) -> dict[str, Column]:
+    return {name: column for column in context.columns if column.nulls == "drop" for name in _sources(column)}
 
 
 def _with_folders(table: pa.Table, context: InPlace, path: str) -> pa.Table:
@@ -722,15 +724,18 @@ def _with_folders(table: pa.Table, context: InPlace, path: str) -> pa.Table:
     return table
 
 
-def _condition(context: InPlace, dropping: Iterable[str], split: Split | None) -> pc.Expression | None:
-    """Which rows are kept; null and false are not."""
-    conditions = [pc.field(name).is_valid() for name in sorted(dropping)]
-    if context.row_filters is not None:
-        conditions.append(context.row_filters)
-    if split is not None and context.columns.validation is not None:
-        held = pc.coalesce(pc.field(context.columns.validation.name), pc.scalar(False))
-        conditions.append(held if split == "validation" else ~held)
-    return _all_of(conditions)
+def _kept(table: pa.Table, context: InPlace, split: Split | None) -> pa.Table:
+    table = _without_nulls(_filter(table, context.row_filters), _dropping(context))
+    if split is None or context.columns.validation is None:
+        return table
+    held = pc.coalesce(pc.field(context.columns.validation.name), pc.scalar(False))
+    return _filter(table, held if split == "validation" else ~held)
+
+
+def _without_nulls(table: pa.Table, dropping: Mapping[str, Column]) -> pa.Table:
+    gone = [null_rows(whole(table.column(name)), column) for name, column in dropping.items()]
+    found = [mask for mask in gone if mask is not None]
+    return table.filter(pa.array(~np.logical_or.reduce(found))) if found else table
 
 
 def _all_of(conditions: Sequence[pc.Expression]) -> pc.Expression | None:
@@ -920,7 +925,7 @@ class _Inspection:
             deciding.add(columns.validation.name)
         sources = {name: column for column in columns for name in _sources(column)}
         uncertain = {name for name in sources if not self._never_null(index, name)}
-        dropping = _dropping(context) & uncertain
+        dropping = {name: column for name, column in _dropping(context).items() if name in uncertain}
         checked = [name for name in sources if name in uncertain and sources[name].nulls == "error"]
         certain = context.row_filters is None and not dropping
         labels = [
@@ -928,15 +933,16 @@ class _Inspection:
             for column in columns.labels
             if column.validity == "class" and not (certain and self._note_statistics(index, column))
         ]
-        read = deciding | dropping | {*checked, *(column.name for column in labels)}
+        read = {*deciding, *dropping, *checked, *(column.name for column in labels)}
         if not read:
             return rows, 0
         passed = _filter(self._read(index, read), context.row_filters)
-        kept = _filter(passed, _all_of([pc.field(name).is_valid() for name in sorted(dropping)]))
+        kept = _without_nulls(passed, dropping)
         self._dropped += passed.num_rows - kept.num_rows
         for name in checked:
-            if missing := kept.column(name).null_count:
-                self._nulls[name] = self._nulls.get(name, 0) + missing
+            gone = null_rows(whole(kept.column(name)), sources[name])
+            if gone is not None and gone.any():
+                self._nulls[name] = self._nulls.get(name, 0) + int(gone.sum())
         for column in labels:
             if column.name not in self._nulls:
                 self._note_labels(column, kept)
@@ -952,10 +958,9 @@ class _Inspection:
     def _never_null(self, index: int, name: str) -> bool:
         if name in self._context.partition_types:
             return self._entry.partitions[name] is not None
-        if not self._file.schema_arrow.field(name).nullable:
-            return True
         group = self._file.metadata.row_group(index)
-        # One leaf without nulls is enough: a null or an empty list further up counts as a null of every leaf below.
+        # One leaf without nulls is enough: a null or an empty list further up counts as a null of every leaf below. And
+        # an array has but one leaf, so that none of its elements is null either.
         statistics = (group.column(leaf).statistics for leaf in self._leaves[name])
         return any(one is not None and one.has_null_count and one.null_count == 0 for one in statistics)
 
@@ -972,7 +977,7 @@ class _Inspection:
 
     def _note_labels(self, column: Column, kept: pa.Table) -> None:
         if kept.num_rows:
-            values = to_array(_as_array(kept.column(column.name)), column, _as_batch(kept))
+            values = to_array(whole(kept.column(column.name)), column, kept)
             self._widen_labels(int(values.min()), int(values.max()))
 
     def _widen_labels(self, low: int, high: int) -> None:
@@ -997,11 +1002,11 @@ class _Inspection:
         wanted = list(physical_columns(context))
         for batch in self._file.iter_batches(_FIRST_ROWS, row_groups=[index], columns=wanted, use_threads=False):
             table = _with_folders(pa.Table.from_batches([batch]), context, self._entry.path)
-            kept = _filter(table, _condition(context, _dropping(context), None))
+            kept = _kept(table, context, None)
             if kept.num_rows and not row:
-                row = show_row(_as_batch(kept.slice(0, 1)), 0)
+                row = show_row(kept.slice(0, 1), 0)
             for column in list(open_columns):
-                values = _as_array(kept.column(column.name)).drop_null().slice(0, 1)
+                values = whole(kept.column(column.name)).drop_null().slice(0, 1)
                 if len(values):
                     widths[column.field] = math.prod(to_array(values, column).shape[1:])
                     open_columns.remove(column)
@@ -1026,16 +1031,6 @@ def _leaves_by_column(schema: pa.Schema) -> dict[str, list[int]]:
         found[one.name] = list(range(first, first + leaves))
         first += leaves
     return found
-
-
-def _as_array(column: pa.ChunkedArray) -> pa.Array:
-    joined = column.combine_chunks()
-    return pa.array([], column.type) if isinstance(joined, pa.ChunkedArray) else joined
-
-
-def _as_batch(table: pa.Table) -> pa.RecordBatch:
-    arrays = [_as_array(column) for column in table.columns]
-    return pa.RecordBatch.from_arrays(arrays, names=table.schema.names)
 
 
 # ---- Spark jobs ------------------------------------------------------------------------------------------------------
