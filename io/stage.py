@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -24,7 +24,16 @@ from sparkdl.config import Columns
 from sparkdl.errors import ConfigError, DataError
 from sparkdl.io.deal import Partitioning, check_partitioning, deal_rows
 from sparkdl.io.plan import Piece, RowGroup, plan_pieces
-from sparkdl.io.schema import SHARD, VALIDATION, as_named, encode, row_bytes, select_expressions, show_row
+from sparkdl.io.schema import (
+    SHARD,
+    VALIDATION,
+    as_named,
+    drop_null_rows,
+    encode,
+    row_bytes,
+    select_expressions,
+    show_row,
+)
 from sparkdl.io.writer import ROW_GROUP_BYTES, RowGroupFiles
 from sparkdl.storage import open_file_system
 
@@ -56,12 +65,16 @@ class Facts:
         labels: Smallest and largest class number; None without class labels or rows.
         row: One of the rows, as text.
         dropped: Rows left out because a column that drops nulls has one there.
+        rows: Rows that were kept.
+        raw_bytes: Bytes of their values in columns that are staged as they are.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[int, int] | None = None
     row: str = ""
     dropped: int = 0
+    rows: int = 0
+    raw_bytes: int = 0
 
     def merge(self, other: "Facts", columns: Columns) -> "Facts":
         """The facts of both, for rows that shall be trained on together.
@@ -79,7 +92,12 @@ class Facts:
         both = [labels for labels in (self.labels, other.labels) if labels is not None]
         labels = (min(low for low, _ in both), max(high for _, high in both)) if both else None
         return Facts(
-            {**self.widths, **other.widths}, labels, self.row or other.row, dropped=self.dropped + other.dropped
+            {**self.widths, **other.widths},
+            labels,
+            self.row or other.row,
+            dropped=self.dropped + other.dropped,
+            rows=self.rows + other.rows,
+            raw_bytes=self.raw_bytes + other.raw_bytes,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -306,8 +324,12 @@ class _Encoder:
             while start < batch.num_rows:
                 part = batch.slice(start, rows)
                 start += part.num_rows
-                table = self._encode(part)
-                yield part, table
+                kept = drop_null_rows(part, self._columns)
+                self.facts = replace(self.facts, dropped=self.facts.dropped + part.num_rows - kept.num_rows)
+                if not kept.num_rows:
+                    continue
+                table = self._encode(kept)
+                yield kept, table
                 rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
 
     def _encode(self, batch: pa.RecordBatch) -> pa.Table:
@@ -319,8 +341,21 @@ class _Encoder:
                 found = pc.min_max(table.column(column.field)).as_py()
                 labels = (int(found["min"]), int(found["max"]))
         row = facts.row or show_row(as_named(batch, columns), 0)
-        self.facts = facts.merge(Facts(widths, labels, row), columns)
+        new = Facts(widths, labels, row, rows=table.num_rows, raw_bytes=_raw_bytes(table))
+        self.facts = facts.merge(new, columns)
         return table
+
+
+def _raw_bytes(table: pa.Table) -> int:
+    raw = [column for column in table.columns if _is_raw(column.type)]
+    return sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in raw)
+
+
+def _is_raw(kind: pa.DataType) -> bool:
+    return any(
+        check(kind)
+        for check in (pa.types.is_binary, pa.types.is_string, pa.types.is_large_binary, pa.types.is_large_string)
+    )
 
 
 def _local_directory() -> str:
@@ -391,4 +426,5 @@ def _remove(directory: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Re
 
 def window_rows(columns: Columns, facts: Facts, window_bytes: int) -> int:
     """Rows of one shard's shuffle window that take ``window_bytes`` in memory."""
-    return max(1, window_bytes // max(1, row_bytes(columns, facts.widths)))
+    size = row_bytes(columns, facts.widths) + facts.raw_bytes // max(1, facts.rows)
+    return max(1, window_bytes // max(1, size))

@@ -1,6 +1,7 @@
 """From Arrow batches to a rank's own Parquet: every row once, nothing left on disk, and file systems by URL."""
 
 import gc
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 from sparkdl.config import Column, Columns
 from sparkdl.errors import ConfigError, DataError
 from sparkdl.io import stage, writer
+from sparkdl.io.deal import plan_cuts
 from sparkdl.io.plan import Piece, RowGroup
 from sparkdl.io.schema import decode
 from sparkdl.io.stage import Facts, Spool, StagedDataset, open_spool, read_sample, window_rows
@@ -107,6 +110,35 @@ def test_a_rank_without_rows_has_empty_shards(batches: list[pa.RecordBatch]) -> 
         assert spool == Spool({0: (), 1: ()}, (), Facts(), None)
 
 
+def test_rows_that_have_nulls_are_left_out_and_counted() -> None:
+    columns = replace(WITH_VALIDATION, inputs=(replace(COLUMNS.inputs[0], nulls="drop"),))
+    batches = []
+    for low, nulls in ((0, {1, 4, 5}), (20, set(range(20, 40))), (40, set())):
+        batch = dealt(range(low, low + 20), 2, [row % 5 == 0 for row in range(low, low + 20)])
+        cells = [None if row in nulls else cell for row, cell in enumerate(batch.column("input_0").to_pylist(), low)]
+        batches.append(batch.set_column(0, "input_0", pa.array(cells, pa.list_(pa.float32()))))
+    kept = [row for row in (*range(20), *range(40, 60)) if row not in (1, 4, 5)]
+    with open_spool(iter(batches), columns, (0, 1)) as spool:
+        assert (spool.facts.dropped, spool.facts.rows) == (23, len(kept))
+        assert ids_in(spool.validation) == [row for row in kept if row % 5 == 0]
+        for shard in (0, 1):
+            assert ids_in(spool.shards[shard]) == [row for row in kept if row % 2 == shard and row % 5]
+    with open_spool(iter(batches[1:2]), columns, (0, 1)) as spool:
+        assert spool == Spool({0: (), 1: ()}, (), Facts(dropped=20), None)
+
+
+def test_raw_columns_are_spooled_as_they_are_and_make_the_window_smaller() -> None:
+    columns = Columns((Column("image", "input_0", "raw", ""),), COLUMNS.labels)
+    cells = [bytes([row % 251]) * (1000 + row % 7) for row in range(700)]
+    batch = pa.RecordBatch.from_pydict({"input_0": cells, "label_0": range(700), "shard": [0] * 700})
+    with open_spool(iter([batch.slice(0, 300), batch.slice(300)]), columns, (0,)) as spool:
+        tables = [read_sample(group, group.rows) for group in spool.shards[0]]
+        assert [cell for table in tables for cell in table["input_0"].to_pylist()] == cells
+        facts = spool.facts
+    assert (facts.rows, facts.raw_bytes) == (700, 1003 * 700)
+    assert window_rows(columns, facts, 1_011_000) == 1000
+
+
 def test_ids_above_two_to_the_53_are_spooled_exactly() -> None:
     ids = range(2**53 + 1, 2**53 + 8)
     with open_spool(iter([dealt(ids, 1)]), COLUMNS, (0,)) as spool:
@@ -185,6 +217,25 @@ def test_the_sample_is_a_few_training_rows_in_staged_form() -> None:
         assert spool.sample is not None
         tensors = decode(spool.sample, COLUMNS)
     assert_rows(tensors["input_0"], tensors["label_0"], [1, 2])
+
+
+# ---- contiguous shards -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("rows", [{}, {5: 1}, {0: 10, 3: 1, 4: 200}, {2: 7, 1: 7}, {9: 2**32, 4: 2**32 - 1}])
+def test_consecutive_rows_are_cut_into_runs_whose_sizes_differ_by_one(rows: dict[int, int], num_shards: int) -> None:
+    before, total = {}, 0
+    for partition in sorted(rows):
+        before[partition] = total
+        total += rows[partition]
+    cuts = plan_cuts(rows, num_shards)
+    assert all(0 <= position < rows[partition] for partition, position in cuts)
+    if total:
+        places = [0, *(before[partition] + position for partition, position in cuts), total]
+        runs = [high - low for low, high in itertools.pairwise(places)]
+        assert len(runs) == num_shards
+        assert max(runs) - min(runs) <= 1
+    else:
+        assert cuts == []
 
 
 # ---- the spool: nothing is left --------------------------------------------------------------------------------------
@@ -329,15 +380,19 @@ def test_facts_merge_in_any_order_and_with_nothing() -> None:
         assert found == merged
 
 
-def test_dropped_rows_add_up() -> None:
-    assert Facts(dropped=2).merge(Facts({"input_0": 3}), COLUMNS).merge(Facts(dropped=5), COLUMNS).dropped == 7
+def test_counts_of_rows_add_up() -> None:
+    parts = [Facts(dropped=2, rows=3), Facts({"input_0": 3}), Facts(dropped=5, rows=4, raw_bytes=6)]
+    merged = Facts()
+    for part in parts:
+        merged = merged.merge(part, COLUMNS)
+    assert merged == Facts({"input_0": 3}, dropped=7, rows=7, raw_bytes=6)
 
 
 def test_facts_of_another_release_are_understood() -> None:
     assert Facts.of_json({"widths": {"input_0": 3}, "colour": "blue"}) == Facts({"input_0": 3})
 
 
-@pytest.mark.parametrize("facts", [Facts(), Facts({"input_0": 3}, (2, 4), '{"input_0": [1, 2, 3]}', 3)])
+@pytest.mark.parametrize("facts", [Facts(), Facts({"input_0": 3}, (2, 4), '{"input_0": [1, 2, 3]}', 3, 4, 5)])
 def test_facts_travel_as_json(facts: Facts) -> None:
     assert Facts.of_json(json.loads(json.dumps(facts.to_json()))) == facts
 
