@@ -43,7 +43,7 @@ def select_piece(table: pa.Table, piece: Piece) -> pa.Table:
     """The rows of a piece out of those of its row group.
 
     Raises:
-        ArrowInvalid: The row group has not as many rows as were planned.
+        ValueError: The row group has not as many rows as were planned; one of Arrow's, as of a file that is broken.
     """
     if table.num_rows != piece.row_group.rows:
         raise pa.ArrowInvalid(f"it has {table.num_rows} rows, {piece.row_group.rows} were planned")

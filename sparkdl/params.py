@@ -26,6 +26,7 @@ from pyspark.ml.param.shared import (
     HasProbabilityCol,
     HasRawPredictionCol,
     HasSeed,
+    HasStandardization,
     HasThresholds,
     HasValidationIndicatorCol,
     HasWeightCol,
@@ -201,6 +202,7 @@ class TrainParams(
     HasBatchSize,
     HasLearningRate,
     HasNumTrainWorkers,
+    HasStandardization,
 ):
     """What every Estimator can be told about training."""
 

@@ -27,7 +27,7 @@ PACKAGES = {
 # Top row first. A name covers the module and all modules below it.
 LAYERS = (
     ("estimator", "model", "params", "persistence"),
-    ("task", "predict"),
+    ("task", "source", "predict"),
     ("trainer",),
     ("parallel", "objective", "optimizer", "serialization", "progress"),
     ("barrier", "io"),

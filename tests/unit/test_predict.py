@@ -175,7 +175,7 @@ def predictor(module: nn.Module, kinds: Sequence[Kind], *inputs: Column, **setti
     names = tuple(f"{kind}_{number}" for number, kind in enumerate(kinds))
     columns = inputs or (Column("features", "input_0", "array", "float32", validity="any"),)
     thresholds = settings.pop("thresholds", None)
-    return Predictor(cloudpickle.dumps(module), columns, Outputs(names, tuple(kinds), thresholds), **settings)
+    return Predictor(cloudpickle.dumps((module, None)), columns, Outputs(names, tuple(kinds), thresholds), **settings)
 
 
 def rows_of(values: Any) -> pa.StructArray:
