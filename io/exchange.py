@@ -52,8 +52,11 @@ BUCKET_BYTES = 32 << 20
 CHUNK_BYTES = 4 << 20
 """Size of a message between neighbours of a chain."""
 
-CHAIN_BYTES = 8 << 20
-"""From here on `broadcast_state` prefers the chain."""
+CHAIN_BYTES = 4 << 20
+"""From here on `broadcast_state` prefers the chain: measured by benchmarks/bench_exchange.py, see its results."""
+
+STATE_CHUNK_BYTES = 1 << 20
+"""Size of a message of that chain: as fast as larger ones for much data, and faster for a few MiB."""
 
 AHEAD = 2
 """Chunks that a rank of a chain has asked for, and chunks that it is still handing on, beside the one in its hands."""
@@ -78,7 +81,8 @@ def broadcast(tensors: Iterable[Tensor], src: int = 0, *, group: Group = None) -
         dist.broadcast(buffer, group_src=src, group=group)
         if not own:
             pieces.put(number, buffer)
-    pieces.close()
+    if not own:
+        pieces.close()
 
 
 @torch.no_grad()
@@ -96,7 +100,8 @@ def chain_broadcast(
     The segmented chain of Open MPI (``ompi_coll_base_bcast_intra_pipeline`` in ompi/mca/coll/base/coll_base_bcast.c,
     which coll/tuned calls "pipeline"): a rank receives chunk k + 1 from its predecessor while it sends chunk k to its
     successor. Every link carries the data once, so that K chunks take W ranks (K + W - 2) / K times as long as one
-    link takes; gloo's own broadcast, a binomial tree, needs log2(W) times as long.
+    link takes. gloo's own broadcast (gloo/broadcast.cc) is a binomial tree whose ranks send to all their children at
+    once: d (d + 1) / 2 times as long, with d = log2(W).
 
     Args:
         tensors: Overwritten, except on ``src``.
@@ -126,7 +131,8 @@ def chain_broadcast(
     own = dist.get_rank(group) == src
     first, put = (pieces.filled, _leave) if own else (pieces.empty, pieces.put)
     _relay(order or (), first, put, pieces.count, group)
-    pieces.close()
+    if not own:
+        pieces.close()
 
 
 def broadcast_state(tensors: Iterable[Tensor], src: int = 0, *, hosts: Sequence[str], group: Group = None) -> None:
@@ -141,7 +147,7 @@ def broadcast_state(tensors: Iterable[Tensor], src: int = 0, *, hosts: Sequence[
     tensors = list(tensors)
     large = sum(tensor.nbytes for tensor in tensors) >= CHAIN_BYTES
     if large and len(set(hosts)) > 2 and _device(group).type == "cpu":
-        chain_broadcast(tensors, src, hosts=hosts, group=group)
+        chain_broadcast(tensors, src, hosts=hosts, chunk_bytes=STATE_CHUNK_BYTES, group=group)
     else:
         broadcast(tensors, src, group=group)
 
