@@ -65,7 +65,10 @@ def show_row(batch: Rows | None, row: int) -> str:
     """A row of a batch as text, for messages."""
     if batch is None:
         return f"row {row}"
-    text = json.dumps(batch.slice(row, 1).to_pylist()[0], default=str)
+    try:
+        text = json.dumps(batch.slice(row, 1).to_pylist()[0], default=str)
+    except (OverflowError, ValueError):  # a time that Python's datetime cannot hold
+        return f"row {row}"
     return text if len(text) <= 300 else text[:300] + "..."
 
 
@@ -131,8 +134,7 @@ def check_values(values: Array, source: Source) -> None:
     if values.size == 0:
         return
     if values.dtype.kind == "f" and column.validity != "any" and not _certainly_finite(values, column.dtype):
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(column.dtype) if np.dtype(column.dtype).kind == "f" else values)
+        finite = np.isfinite(values.astype(column.dtype) if np.dtype(column.dtype).kind == "f" else values)
         bad = ~finite.reshape(len(values), -1).all(1)
         if bad.any():
             raise DataError(
@@ -156,8 +158,7 @@ def check_values(values: Array, source: Source) -> None:
 
 def _certainly_finite(values: Array, dtype: str) -> bool:
     """True only where all values are finite, also in the dtype; cheaper than to look at each of them."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if values.dtype == dtype or np.dtype(dtype).kind != "f":
-            return bool(np.isfinite(values.sum()))  # NaN and infinity never leave a sum
-        largest = np.finfo(dtype).max
-        return bool(-largest <= values.min() and values.max() <= largest)
+    if values.dtype == dtype or np.dtype(dtype).kind != "f":
+        return bool(np.isfinite(values.sum()))  # NaN and infinity never leave a sum
+    largest = np.finfo(dtype).max
+    return bool(-largest <= values.min() and values.max() <= largest)

@@ -27,6 +27,11 @@ Value: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...] | pa.Array
 _VECTOR_FIELDS = ("type", "size", "indices", "values")
 
 
+# Sums of what is to be checked may overflow, as may doubles that no float32 can hold: both are looked at afterwards.
+_overflow_is_seen = np.errstate(over="ignore", invalid="ignore")
+
+
+@_overflow_is_seen
 def convert(table: pa.Table, columns: Columns, widths: Mapping[str, int] | None = None) -> dict[str, Value]:
     """The columns of Parquet that is read in place, as tensors: views of Arrow's memory where the type allows.
 
@@ -60,6 +65,7 @@ def convert(table: pa.Table, columns: Columns, widths: Mapping[str, int] | None 
     return values
 
 
+@_overflow_is_seen
 def to_array(array: pa.Array, column: Column, batch: Rows | None = None, width: int | None = None) -> Array:
     """One Arrow column as a NumPy array.
 
@@ -87,8 +93,7 @@ def to_array(array: pa.Array, column: Column, batch: Rows | None = None, width: 
         return values.reshape(-1, *(column.shape or (len(column.parts),)))
     values = _numbers(array, source) if column.kind == "scalar" else _matrix(array, source, width, column.shape)
     if values.dtype.kind == "f" and dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what no float32 can hold becomes infinite, and is refused as such
-            values = values.astype(dtype, copy=False)
+        values = values.astype(dtype, copy=False)  # what no float32 can hold becomes infinite, and is refused as such
     check_values(values, source)
     values = np.ascontiguousarray(values, dtype)
     return values.reshape(-1, *column.shape) if column.shape else values
@@ -154,7 +159,8 @@ def _tensor(values: Array) -> torch.Tensor:
     if values.flags.writeable:
         return torch.from_numpy(values)
     # NumPy's views of Arrow's memory are read-only, which torch warns of; by way of Arrow it takes them.
-    return torch.utils.dlpack.from_dlpack(pa.array(values.reshape(-1))).reshape(values.shape)
+    tensor = torch.utils.dlpack.from_dlpack(pa.array(values.reshape(-1)))
+    return tensor if values.ndim == 1 else tensor.reshape(values.shape)
 
 
 def _part(array: pa.Array, name: str, column: Column, batch: Rows | None) -> Array:
@@ -220,8 +226,8 @@ def _exact(array: pa.Array, wanted: pa.DataType, source: Source) -> pa.Array:
         return array.cast(wanted)
     place = bisect.bisect_left(range(1, len(array)), True, key=lambda rows: not fits(rows))
     raise DataError(
-        f"{source.name!r} is {array[place]} in a row, which {wanted} cannot hold: {source.row(place)}. Cast the "
-        "column in Spark before fit: integers go up to 2**63 - 1, times are in microseconds."
+        f"{source.name!r} is of Arrow type {array.type} and has a value that {wanted} cannot hold: "
+        f"{source.row(place)}. Cast the column before fit: integers go up to 2**63 - 1, times are in microseconds."
     )
 
 
@@ -309,8 +315,7 @@ def _dense(array: pa.Array, source: Source, width: int | None) -> Array:
             "the column anew."
         )
     out = np.zeros((rows, width), source.column.dtype)
-    with np.errstate(over="ignore"):
-        out.reshape(-1)[of_row * width + position] = flat
+    out.reshape(-1)[of_row * width + position] = flat
     return out
 
 
@@ -324,7 +329,7 @@ def _numbers_of_words(array: pa.Array, source: Source) -> Array:
             raise source.wrong_type(array.type, "strings")
         array = array.dictionary_encode()
     words = array.dictionary.to_pylist()
-    places = _places(vocabulary)
+    places = _places(_Vocabulary(vocabulary))
     of_word = np.array([places.get(word, -1) for word in words] or [0], np.int64)
     null = array.is_null().to_numpy(zero_copy_only=False)
     index = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
@@ -342,9 +347,22 @@ def _numbers_of_words(array: pa.Array, source: Source) -> Array:
     return values
 
 
+class _Vocabulary:
+    """A key for caches: Python hashes a tuple anew each time, which takes long where it has a million words."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+
+    def __hash__(self) -> int:
+        return hash((len(self.words), self.words[:4]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Vocabulary) and (self.words is other.words or self.words == other.words)
+
+
 @functools.lru_cache(maxsize=64)
-def _places(vocabulary: tuple[str, ...]) -> dict[str, int]:
-    return {word: place for place, word in enumerate(vocabulary)}
+def _places(vocabulary: _Vocabulary) -> dict[str, int]:
+    return {word: place for place, word in enumerate(vocabulary.words)}
 
 
 def _plain_layout(array: pa.Array, *, dictionary: bool = False) -> pa.Array:

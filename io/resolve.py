@@ -117,7 +117,7 @@ def resolve_column(
     types = {entry.name: entry.dataType for entry in df.schema.fields}
     if name in rules.assemble and role in ("input", "target", "number"):
         column = _assembled(types, name, field, param, floating, role, rules)
-        return _with_rules(column, f"{param}={name!r}", rules)
+        return _with_rules(column, f"{param}={name!r} is assembled from {len(column.parts)} columns", rules)
     if name not in types:
         raise ConfigError(f"{param}={name!r} is not a column. The DataFrame has {', '.join(df.columns)}.")
     spark_type = types[name]
@@ -131,7 +131,7 @@ def resolve_column(
         column = _class_or_weight(spark_type, name, field, floating, role, rules, where)
     else:
         column = _column(spark_type, name, field, floating, role, rules, where)
-    return _with_rules(column, where, rules)
+    return _with_rules(column, where, rules, nested=_element(spark_type)[1] > 1)
 
 
 def _class_or_weight(
@@ -214,7 +214,7 @@ def _assembled(
     return Column(name, field, "assembled", "int64" if integral else floating, parts=parts)
 
 
-def _with_rules(column: Column, where: str, rules: ColumnRules) -> Column:
+def _with_rules(column: Column, where: str, rules: ColumnRules, *, nested: bool = False) -> Column:
     """The column with the rules that concern its values, after a check that they suit it."""
     name = column.name
     shape: tuple[Any, ...] = tuple(rules.shapes.get(name, ()))
@@ -225,12 +225,15 @@ def _with_rules(column: Column, where: str, rules: ColumnRules) -> Column:
         if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
             raise ConfigError(f"shapes[{name!r}] is {shape}. Give the lengths of its axes, each at least 1.")
         if column.kind == "assembled" and math.prod(shape) != len(column.parts):
-            raise ConfigError(f"{where} {len(column.parts)} columns, which shapes[{name!r}]={shape} cannot hold.")
+            raise ConfigError(f"{where}, which shapes[{name!r}]={shape} cannot hold.")
     if padding is not None:
-        if column.kind != "array":
-            raise ConfigError(f"{where}; padding is for arrays of numbers. Remove {name!r} from padding.")
-        if padding.length < 1 or (shape and shape != (padding.length,) and len(shape) == 1):
-            raise ConfigError(f"padding[{name!r}] is {padding}. Give it a length of at least 1, that of its shape.")
+        if column.kind != "array" or nested:
+            raise ConfigError(
+                f"{where}; padding is for arrays of numbers that are not nested. Remove {name!r} from it."
+            )
+        if padding.length < 1 or (shape and math.prod(shape) != padding.length):
+            wanted = f"the length {math.prod(shape)} of its shape" if shape else "a length of at least 1"
+            raise ConfigError(f"padding[{name!r}] is {padding}. Give it {wanted}.")
         _check_number(padding.value, column, f"padding[{name!r}] fills up with {padding.value!r}")
     if name in rules.vocabularies and column.kind != "text":
         raise ConfigError(f"{where}; a vocabulary is for strings. Remove {name!r} from vocabularies.")
