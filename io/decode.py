@@ -16,7 +16,7 @@ from sparkdl.errors import ConfigError, DataError
 from sparkdl.io.plan import Piece
 from sparkdl.io.schema import convert, decode
 
-__all__ = ["Decoder", "Layout", "Transform", "Values", "apply_transform", "draws_random_numbers", "layout_of"]
+__all__ = ["Decoder", "Layout", "Transform", "Values", "apply_transform", "draws_random_numbers", "layout_of", "stacked"]
 
 Values = Mapping[str, Tensor | tuple[Tensor, ...]]
 """By staged field name: a tensor of shape (rows, ...), or the columns that make up one, each of shape (rows,)."""
@@ -66,10 +66,7 @@ class Decoder:
             return values
         generator = _generator(self.seed, epoch, piece) if self.is_random else None
         names = {column.field: column.name for column in self.columns}
-        given = {
-            names[field]: torch.stack(value, 1) if isinstance(value, tuple) else value
-            for field, value in values.items()
-        }
+        given = {names[field]: value for field, value in stacked(values, self.columns).items()}
         made = apply_transform(self.transform, given, table.num_rows, generator)
         return {field: made[name] for field, name in names.items()}
 
@@ -126,6 +123,15 @@ def draws_random_numbers(transform: Transform) -> bool:
         return False
     positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     return len(positional) >= 2 and positional[1].default is inspect.Parameter.empty
+
+
+def stacked(values: Values, columns: Columns) -> dict[str, Tensor]:
+    """The values with the parts of assembled columns put together, each of shape (rows, parts)."""
+    dtypes = {column.field: column.dtype for column in columns}
+    return {
+        name: torch.stack(value, 1).to(getattr(torch, dtypes[name])) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
 
 
 def layout_of(values: Values, columns: Columns) -> dict[str, tuple[str, tuple[int, ...]]]:

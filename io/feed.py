@@ -152,7 +152,7 @@ class ShardFeed:
         self.rows += rows
 
     def take(self, rows: int, taken: list["Taken"], finished: list[Callable[[], None]]) -> None:
-        """Append to ``taken`` where the next ``rows`` rows lie, to ``finished`` what to call when they were gathered."""
+        """Append to ``taken`` where the next rows lie, and to ``finished`` what to call when they were gathered."""
         self.rows -= rows
         while rows:
             part = self._parts[0]

@@ -263,7 +263,12 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
                     f"partitioning={config.partitioning!r} moves rows, but Parquet read in place stays where it is. "
                     "Use partitioning='batch', or fit(spark.read.parquet(...)), which deals rows as asked."
                 )
-        elif config.partitioning is not None:
+        elif config.balance_shards and config.staging_dir is None:
+            raise ConfigError(
+                "balanceShards=True needs rows that all ranks reach, but every rank spools its own. Set stagingDir, or "
+                "fit a ParquetDataset."
+            )
+        if not isinstance(dataset, DiscoveredDataset) and config.partitioning is not None:
             check_partitioning(dataset, config.partitioning, config.partition_key_col)
         objective = Objective(loss, binary=self._binary)
         return _Job(dataset, columns, module, objective, recipe, transform, assemble)

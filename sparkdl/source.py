@@ -18,7 +18,7 @@ from sparkdl.config import Columns, RunSpec
 from sparkdl.io.batches import RankData, Reading
 from sparkdl.io.cache import Cache, find_free, plan_cache
 from sparkdl.io.dataset import InPlace, physical_columns, select_rows
-from sparkdl.io.decode import Decoder, Layout, Transform
+from sparkdl.io.decode import Decoder, Layout, Transform, stacked
 from sparkdl.io.exchange import global_moments, global_vocabulary
 from sparkdl.io.feed import Standardise, row_nbytes
 from sparkdl.io.plan import Piece, ShardPlan, plan_pieces, shards_of
@@ -83,8 +83,7 @@ class Source:
             return dataclasses.replace(self.decoder, columns=_with_words(self.decoder.columns, words))(rows, first)
 
         with self.reading.open([first], decode) as reader:
-            values = next(reader)
-        return {name: torch.stack(value, 1) if isinstance(value, tuple) else value for name, value in values.items()}
+            return stacked(next(reader), self.decoder.columns)
 
     def facts(self) -> dict[str, Any]:
         """What the other ranks need to know of this one's rows."""
@@ -171,14 +170,8 @@ class Source:
         pieces = self._own_pieces()
 
         def values(table: pa.Table, number: int) -> torch.Tensor:
-            found = decoder(table, pieces[number])
-            return torch.cat(
-                [
-                    torch.stack(value, 1) if isinstance(value, tuple) else value.flatten(1)
-                    for value in (found[name] for name in floating)
-                ],
-                1,
-            )
+            found = stacked(decoder(table, pieces[number]), decoder.columns)
+            return torch.cat([found[name].flatten(1) for name in floating], 1)
 
         with reading.open(pieces, values) as reader:
             moments = global_moments(reader)

@@ -1,10 +1,13 @@
 """Modules and losses that can be imported by name, as those of a user's own package; and what tests ask of Spark."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from pyspark.sql import SparkSession
 from torch import Tensor, nn
 
@@ -82,3 +85,57 @@ def job_ids(spark: SparkSession, group: str) -> Iterator[list[int]]:
         context.setLocalProperty("spark.jobGroup.id", None)
         context._jsc.sc().listenerBus().waitUntilEmpty()
         started += context.statusTracker().getJobIdsForGroup(group)
+
+
+def decode_png(columns: dict[str, Any]) -> dict[str, Any]:
+    """PNG files as images of shape (rows, 1, 4, 4), from 0 to 1; what else there is stays as it is."""
+    images = [np.asarray(Image.open(io.BytesIO(cell))) for cell in columns["picture"].to_pylist()]
+    return {**columns, "picture": torch.from_numpy(np.stack(images)[:, None]).float() / 255}
+
+
+class Pictures(nn.Module):
+    """Two scores of an image of shape (1, 4, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.layers(pictures)
+
+
+class Census(nn.Module):
+    """A small module, and beside it one weight per row id that the row moves by one step when it is trained on."""
+
+    def __init__(self, rows: int, width: int = 3) -> None:
+        super().__init__()
+        self.seen = nn.Embedding(rows, 1)
+        self.regress = nn.Linear(width, 1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+
+    def forward(self, row: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.seen(row)[:, 0], self.regress(features)[:, 0]
+
+    def times_seen(self, batch_rows: float, learning_rate: float) -> Tensor:
+        """How often each row was trained on, in batches of ``batch_rows`` rows."""
+        return -self.seen.weight.detach()[:, 0] * batch_rows / learning_rate
+
+
+def census_loss(outputs: tuple[Tensor, Tensor], label: Tensor) -> Tensor:
+    """One value per row, whose derivative by the row's own weight is 1."""
+    seen, regressed = outputs
+    return seen - seen.detach() + (regressed - label) ** 2
+
+
+class Words(nn.Module):
+    """A number per word, and what the tokens add to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word = nn.Embedding(4, 1)
+        self.tokens = nn.Embedding(10, 1, padding_idx=0)
+
+    def forward(self, word: Tensor, tokens: Tensor) -> Tensor:
+        return self.word(word)[:, 0] + self.tokens(tokens).sum((1, 2))

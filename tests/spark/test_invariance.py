@@ -17,6 +17,7 @@ from sparkdl import TorchClassificationModel, TorchClassifier, TorchEstimator, T
 from sparkdl.config import Column, Columns
 from sparkdl.io.plan import RowGroup, ShardPlan, batch_row_ids, plan_pieces
 from sparkdl.io.stage import StagedDataset, stage_dataset
+from tests.spark.modules import Census, census_loss
 
 pytestmark = pytest.mark.spark
 
@@ -190,31 +191,6 @@ def test_another_order_of_the_rows_would_have_been_noticed(
 
 
 # ---- exactly once, counted by the weights ----------------------------------------------------------------------------
-class Census(nn.Module):
-    """A small module, and beside it one weight per row id that the row moves by one step when it is trained on."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.seen = nn.Embedding(rows, 1)
-        self.regress = nn.Linear(3, 1)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
-
-    def forward(self, row: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.seen(row)[:, 0], self.regress(features)[:, 0]
-
-    def times_seen(self, batch_rows: float, learning_rate: float) -> Tensor:
-        """How often each row was trained on, in batches of ``batch_rows`` rows."""
-        return -self.seen.weight.detach()[:, 0] * batch_rows / learning_rate
-
-
-def census_loss(outputs: tuple[Tensor, Tensor], label: Tensor) -> Tensor:
-    """One value per row, whose derivative by the row's own weight is 1."""
-    seen, regressed = outputs
-    return seen - seen.detach() + (regressed - label) ** 2
-
-
 def take_census(
     df: DataFrame, rows: int, *, workers: int, shards: int, batch_size: int, epochs: int = 1, staging: str | None = None
 ) -> TorchModel:
