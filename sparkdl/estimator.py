@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_
 
 import torch
 from pyspark import keyword_only
+from pyspark.errors import PySparkRuntimeError
 from pyspark.ml import Estimator
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.util import MLReadable, MLWritable
@@ -123,7 +124,7 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
         started = time.perf_counter()
         config = self._checked_config()
         if isinstance(dataset, ParquetDataset):
-            spark = SparkSession.active()
+            spark = _active_session()
             job = self._checked(discover(spark, dataset), config)
         else:
             spark = dataset.sparkSession
@@ -660,6 +661,16 @@ def _floating(module: nn.Module) -> str:
         if parameter.dtype in (torch.float32, torch.float64):
             return str(parameter.dtype).removeprefix("torch.")
     return "float32"
+
+
+def _active_session() -> SparkSession:
+    try:
+        return SparkSession.active()
+    except PySparkRuntimeError as error:
+        raise ConfigError(
+            "A ParquetDataset is trained on by a Spark cluster, but there is no Spark session. Start one before fit: "
+            "SparkSession.builder.getOrCreate()."
+        ) from error
 
 
 def _one_row_per_rank(spark: "SparkSession", world_size: int) -> "DataFrame":

@@ -14,6 +14,7 @@ from torch import nn
 
 from sparkdl.batch import Batch
 from sparkdl.config import TrainConfig
+from sparkdl.io.exchange import all_gather_rows
 from sparkdl.io.plan import ShardPlan, plan_deal
 from sparkdl.objective import Objective
 from sparkdl.parallel import Strategy
@@ -158,14 +159,8 @@ class Trainer:
 
     def _balance(self, data: EpochData, sums: "_Sums") -> None:
         """Deal the shards anew where ranks differ in speed; every rank comes to the same result."""
-        shards, ranks = len(data.plan.shard_rows), dist.get_world_size()
-        # Shape (ranks, 2 + shards): seconds, rows, and which shards were this rank's.
-        mine = torch.zeros(ranks, 2 + shards, dtype=torch.float64)
-        mine[dist.get_rank(), :2] = torch.tensor([sums.busy + sums.waited, sums.rows])
-        mine[dist.get_rank(), [2 + shard for shard in data.dealt]] = 1
-        mine = mine.to(self._device)
-        dist.all_reduce(mine)
-        seconds, rows = mine[:, 0].tolist(), mine[:, 1].tolist()
+        own = torch.tensor([[sums.busy + sums.waited, sums.rows]], dtype=torch.float64)
+        seconds, rows = all_gather_rows({"ranks": own})["ranks"].T.tolist()
         mean = sum(seconds) / (sum(rows) or 1)
         pace = [spent / read if read else mean for spent, read in zip(seconds, rows, strict=True)]
         dealt = plan_deal(pace, data.plan.shard_rows)

@@ -42,8 +42,8 @@ def clean_process() -> Iterator[None]:
     ours = [thread.name for thread in threading.enumerate() if thread.name.startswith("sparkdl")]
     assert not ours, f"a test left threads running: {ours}"
     changed = {name for name in {**environment, **os.environ} if environment.get(name) != os.environ.get(name)}
-    # pytest, torch and Spark keep their own there.
-    changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+    # pytest, torch, OpenCV (which Petastorm's image codec imports) and Spark keep their own there.
+    changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "LD_LIBRARY_PATH"}
     changed -= {name for name in changed if name.startswith(("_PYSPARK", "PYSPARK", "SPARK_"))}
     assert not changed, f"a test left changed environment variables: {changed}"
 

@@ -104,6 +104,19 @@ class Pictures(nn.Module):
         return self.layers(pictures)
 
 
+class PictureAndMatrix(nn.Module):
+    """A number of an image of bytes, shape (4, 4), and a matrix, shape (2, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(22, 1)
+
+    def forward(self, picture: Tensor, matrix: Tensor) -> Tensor:
+        assert picture.shape[1:] == (4, 4)
+        assert matrix.shape[1:] == (2, 3)
+        return self.weigh(torch.cat([picture.flatten(1).float() / 255, matrix.flatten(1)], 1))
+
+
 class Census(nn.Module):
     """A small module, and beside it one weight per row id that the row moves by one step when it is trained on."""
 

@@ -20,6 +20,7 @@ from pyspark.sql import SparkSession, functions as F
 from torch import nn
 import sparkdl
 from sparkdl import TorchClassifier
+from sparkdl.io import ParquetDataset
 
 folder = sys.argv[1]
 spark = SparkSession.builder.remote("local[2]").getOrCreate()
@@ -44,6 +45,10 @@ loaded = PipelineModel.load(os.path.join(folder, "model"))
 after = predictions(loaded)
 
 staged = Pipeline(stages=[assembler, classifier(stagingDir=os.path.join(folder, "staging"))]).fit(df)
+df.write.parquet(os.path.join(folder, "rows"))
+dataset = ParquetDataset("file:" + os.path.join(folder, "rows"), assemble={"features": ["x", "y"]})
+in_place = classifier(numShards=3).fit(dataset)
+keyed = Pipeline(stages=[assembler, classifier(partitioning="key", partitionKeyCol="label")]).fit(df)
 try:
     classifier(featuresCol="x", labelCol="nothing").fit(df)
     refusal = None
@@ -63,6 +68,8 @@ print(json.dumps({
     "ranks": model.stages[-1].summary.rankRows,
     "loaded history": loaded.stages[-1].history,
     "staged": [staged.stages[-1].summary.staged, sum(staged.stages[-1].summary.rankRows)],
+    "in place": [in_place.summary.staged, sum(in_place.summary.rankRows), in_place.history[0]["rows"]],
+    "keyed": sum(keyed.stages[-1].summary.rankRows),
     "left": os.listdir(os.path.join(folder, "staging")),
     "launched": sparkdl.launch(abs, -2, num_train_workers=2),
     "refusal": refusal,
@@ -114,6 +121,11 @@ def test_a_pipeline_saved_and_loaded_over_connect_predicts_the_same(client: dict
 def test_staging_works_over_connect_and_is_removed(client: dict[str, Any]) -> None:
     assert client["staged"] == [True, 64]
     assert client["left"] == []
+
+
+def test_parquet_is_read_in_place_and_rows_are_dealt_by_key_over_connect(client: dict[str, Any]) -> None:
+    assert client["in place"] == [True, 64, 64]
+    assert client["keyed"] == 64
 
 
 def test_launch_and_refusals_work_over_connect(client: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Rows as users have them: Parquet where it lies, images, text, nulls, ragged arrays; kept, dealt and exchanged."""
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql import types as spark_types
 from torch import nn
 
 from sparkdl import (
@@ -24,9 +27,13 @@ from sparkdl import (
     allow_modules,
     serialization,
 )
-from sparkdl.errors import ConfigError, DataError, PersistenceError
+from sparkdl.errors import ConfigError, DataError, PersistenceError, SparkdlError
 from sparkdl.io import ParquetDataset
-from tests.spark.modules import Census, Pictures, Words, census_loss, decode_png
+from sparkdl.storage import open_file_system
+from tests.spark.modules import Census, PictureAndMatrix, Pictures, Words, census_loss, decode_png
+from tests.unit.test_storage import S3Server, s3_server
+
+__all__ = ["s3_server"]  # a fixture
 
 pytestmark = pytest.mark.spark
 
@@ -167,6 +174,71 @@ def test_a_transform_decodes_images_in_fit_and_in_transform(
     np.testing.assert_array_equal(again, found)
     with pytest.raises(ConfigError, match=r"featuresCol='picture' has type binary.*transform"):
         classifier.copy({classifier.transform: None}).fit(df)
+
+
+def test_petastorm_data_sets_train_through_the_same_path(spark: SparkSession, tmp_path: Path) -> None:
+    from petastorm.codecs import CompressedImageCodec, NdarrayCodec, ScalarCodec
+    from petastorm.unischema import Unischema, UnischemaField
+
+    schema = Unischema(
+        "Described",
+        [
+            UnischemaField("id", np.int64, (), ScalarCodec(spark_types.LongType()), False),
+            UnischemaField("picture", np.uint8, (4, 4), CompressedImageCodec("png"), False),
+            UnischemaField("matrix", np.float32, (2, 3), NdarrayCodec(), False),
+        ],
+    )
+    random = np.random.default_rng(2)
+    rows = [
+        {
+            "id": np.int64(number),
+            "picture": random.integers(0, 255, (4, 4), dtype=np.uint8),
+            "matrix": random.normal(size=(2, 3)).astype(np.float32),
+        }
+        for number in range(24)
+    ]
+    cells = [{name: field.codec.encode(field, row[name]) for name, field in schema.fields.items()} for row in rows]
+    cells = [
+        {name: bytes(cell) if isinstance(cell, bytearray) else cell for name, cell in row.items()} for row in cells
+    ]
+    pq.write_table(pa.Table.from_pylist(cells), tmp_path / "part-0.parquet", row_group_size=5)
+    dataset = ParquetDataset(str(tmp_path), unischema=schema)
+    estimator = TorchEstimator(
+        module=PictureAndMatrix(), loss="mse", inputCols=["picture", "matrix"], labelCol="id", optimizer="sgd",
+        learningRate=1e-9, batchSize=24, numTrainWorkers=2, **QUIET,
+    )  # fmt: skip
+    model = estimator.fit(dataset)
+    assert model.history[0]["rows"] == 24
+    # Hardly anything was learnt, so the loss is that of the initial module on the rows as they were encoded.
+    pictures = torch.from_numpy(np.stack([row["picture"] for row in rows]))
+    matrices = torch.from_numpy(np.stack([row["matrix"] for row in rows]))
+    with torch.inference_mode():
+        missed = model.module(pictures, matrices)[:, 0] - torch.arange(24)
+    assert model.history[0]["loss"] == pytest.approx(float((missed**2).mean()), rel=1e-3)
+
+
+def test_parquet_on_s3_is_trained_on_in_place(spark: SparkSession, s3_server: S3Server) -> None:
+    file_system, path = open_file_system(f"s3a://{s3_server.bucket}/rows", s3_server.options)
+    ids = np.arange(60)
+    rows = pa.table({"id": ids, "a": np.sin(ids), "b": np.cos(ids), "label": np.sin(ids) + 1})
+    pq.write_to_dataset(
+        rows.append_column("half", pa.array(ids % 2)), path, partition_cols=["half"], filesystem=file_system
+    )
+    dataset = ParquetDataset(
+        f"s3a://{s3_server.bucket}/rows",
+        filters=[("half", "=", 1)],
+        assemble={"features": ["a", "b"]},
+        storage_options=s3_server.options,
+    )
+    model = census(60, module=Census(60, width=2), batchSize=10, numShards=4).fit(dataset)
+    assert_counted(model, 60, list(range(1, 60, 2)), 10)
+    secret = s3_server.options["secret_key"]
+    assert secret not in repr(dataset)
+    assert secret not in json.dumps([model.history, str(model.summary), str(model.explainParams())])
+    with pytest.raises(SparkdlError) as refused:
+        census(60).fit(replace(dataset, url=f"s3a://{s3_server.bucket}/nothing"))
+    assert "nothing" in str(refused.value)
+    assert secret not in str(refused.value)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,26 @@ def test_a_file_cut_short_while_it_is_open_does_not_kill_the_process(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"of {path} cannot be read" in done.stdout
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_storage_that_does_not_answer_is_an_error_within_its_time(groups: list[RowGroup], threads: int) -> None:
+    answers = threading.Event()
+
+    def stuck(table: pa.Table, number: int) -> int:
+        if number == 3:
+            assert answers.wait(timeout=30)
+        return number
+
+    read: list[int] = []
+    with PlannedReader(
+        whole(groups), columns=FIELDS, decode=stuck, threads=threads, read_timeout=timedelta(seconds=0.5)
+    ) as reader:
+        where = f"Row group 3 of {groups[3].path}"
+        with pytest.raises(DataError, match=rf"{where} did not arrive within 0\.5 seconds\. Is its storage reachable"):
+            read.extend(reader)
+        answers.set()
+    assert read == [0, 1, 2]
 
 
 # ---- errors and early ends -------------------------------------------------------------------------------------------
