@@ -256,6 +256,11 @@ class Job:
         return sorted({group.path for group in self.groups})
 
     @property
+    def rows(self) -> int:
+        """All rows."""
+        return sum(group.rows for group in self.groups)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one decoded row."""
         return sum(np.dtype(kind).itemsize * int(np.prod(shape)) for kind, shape in self.data.layout.values())
