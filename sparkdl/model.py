@@ -262,8 +262,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
     def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
         summary = facts["summary"]
         if summary is not None:
-            lists = {name: tuple(value) if isinstance(value, list) else value for name, value in summary.items()}
-            summary = TrainingSummary(**cast("dict[str, Any]", lists))
+            summary = TrainingSummary(**{name: _tuples(value) for name, value in summary.items()})
         self._fitted = Fitted(
             module=objects["module"].eval(),
             floating=facts["floating"],
@@ -402,6 +401,11 @@ def copy_params(source: Params, target: Params) -> None:
     known = {param.name for param in target.params}
     target._setDefault(**{param.name: value for param, value in source._defaultParamMap.items() if param.name in known})
     target._set(**{param.name: value for param, value in source._paramMap.items() if param.name in known})
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _quoted(name: str) -> str:
