@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from sparkdl.config import Columns
 from sparkdl.errors import ConfigError, DataError
 from sparkdl.io.deal import Partitioning, check_partitioning, deal_rows
 from sparkdl.io.plan import Piece, RowGroup, plan_pieces
+from sparkdl.io.remove import remove_staged
 from sparkdl.io.schema import (
     SHARD,
     VALIDATION,
@@ -280,14 +280,6 @@ def stage_dataset(
     )
 
 
-def remove_staged(df: "DataFrame", directory: str) -> None:
-    """Remove a staged directory from an executor: over Spark Connect the driver may not see it."""
-    import functools
-
-    job = df.sparkSession.range(1).mapInArrow(functools.partial(_remove, directory), "removed boolean")
-    job.toArrow()
-
-
 def read_sample(row_group: RowGroup, rows: int = 2) -> pa.Table:
     """The first rows of a staged row group.
 
@@ -413,15 +405,6 @@ def _write_partition(columns: Columns, directory: str, batches: Iterator[pa.Reco
         for kind, found in groups.items()
     ]
     return {"partition": task.partitionId(), "facts": encoder.facts.to_json(), "files": files}
-
-
-def _remove(directory: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        file_system, path = open_file_system(directory)
-        found = file_system.get_file_info(path).type != pyarrow.fs.FileType.NotFound
-        if found and batch.num_rows:
-            file_system.delete_dir(path)
-        yield pa.RecordBatch.from_pydict({"removed": [found] * batch.num_rows})
 
 
 def window_rows(columns: Columns, facts: Facts, window_bytes: int) -> int:

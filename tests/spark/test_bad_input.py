@@ -58,9 +58,11 @@ def function_with_lock(*results: Any) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def people(spark: SparkSession) -> DataFrame:
     """A few good rows with columns of many types."""
-    row = (Vectors.dense(1.0, 2.0), [1.0, 2.0], ["a"], 1, 0.5, "north", datetime.date(2013, 1, 1), (1.0, 2.0), True)
-    names = "features array words label weight text day pair flag"
-    schema = "array array<double>, words array<string>, label int, weight double, text string, day date"
+    row = (Vectors.dense(1.0, 2.0), [1.0, 2.0], ["a"], 1, 0.5, "north", datetime.timedelta(days=1), (1.0, 2.0), True)
+    names = "features array words label weight text span pair flag"
+    schema = (
+        "array array<double>, words array<string>, label int, weight double, text string, span interval day to second"
+    )
     schema += ", pair struct<x: double, y: double>, flag boolean"
     fields = StructType.fromDDL(schema).fields
     assert ["features", *(entry.name for entry in fields)] == names.split()
@@ -148,8 +150,8 @@ SETTINGS: dict[str, tuple[type[Any], dict[str, Any], str]] = {
     ),
     "unknown shuffle": (
         TorchClassifier,
-        {**CLASSIFIER, "shuffle": "full"},
-        "shuffle='full' is not known. Use one of window, none",
+        {**CLASSIFIER, "shuffle": "some"},
+        "shuffle='some' is not known. Use one of window, full, none",
     ),
     "zero epochs": (TorchClassifier, {**CLASSIFIER, "maxEpochs": 0}, "maxEpochs=0 is too small. Use 1 or more"),
     "batches of no row": (TorchClassifier, {**CLASSIFIER, "batchSize": 0}, "batchSize=0 is too small. Use 1 or more"),
@@ -238,10 +240,10 @@ SETTINGS: dict[str, tuple[type[Any], dict[str, Any], str]] = {
         {**CLASSIFIER, "featuresCol": "text"},
         "featuresCol='text' has type string; use .*StringIndexer",
     ),
-    "features of days": (
+    "features of durations": (
         TorchClassifier,
-        {**CLASSIFIER, "featuresCol": "day"},
-        "featuresCol='day' has type date; use numbers derived from it",
+        {**CLASSIFIER, "featuresCol": "span"},
+        "featuresCol='span' has type interval day to second; use numbers derived from it",
     ),
     "features in a struct": (
         TorchClassifier,
@@ -387,7 +389,6 @@ CASES = {
         rows_of(0.0, 0.5),
         POINTS,
         ON_POINTS,
-        staged=True,
     ),
     "negative labels": Case(
         r"'label' must hold class numbers .* but is -1 in a row", rows_of(0.0, -1.0), POINTS, ON_POINTS
@@ -414,7 +415,6 @@ CASES = {
         [(0.0, 1.0, False), (1.0, INF, False)],
         FLAGGED,
         ON_X,
-        staged=True,
     ),
     "arrays of several lengths": Case(
         r"'list' has 2 values in earlier rows, but 3 in this one: \{.list.: \[7.0, 8.0, 9.0\].*\}. .*pad or cut",
@@ -441,14 +441,12 @@ CASES = {
         [([1.0, 2.0], 0.0), ([5.0, None], 1.0)],
         LISTS,
         ON_LISTS,
-        staged=True,
     ),
     "negative weights": Case(
         r"'x' is negative in a row: \{.*.x.: -0.25\}. Weights are >= 0",
         [(0.0, 1.0, False), (1.0, -0.25, False)],
         FLAGGED,
         {"featuresCol": "label", "weightCol": "x", "module": nn.Linear(1, 2)},
-        staged=True,
     ),
     "an output that does not fit the loss": Case(
         r"output has shape \(2, 3\), the label \(2,\); MSELoss needs one output per target",
@@ -466,7 +464,6 @@ CASES = {
         {**ON_POINTS, "loss": loss_of_pairs},
         kind=TorchEstimator,
         error=ConfigError,
-        staged=True,
     ),
     "a classifier with an image for an output": Case(
         r"must return one score per class, shape \(rows, classes\).*returned shape \(2, 1, 2\)",
