@@ -150,18 +150,22 @@ def _cell(described: "UnischemaField", decode: Callable[[bytes], Any], cell: byt
 
 
 def _decoder(described: "UnischemaField") -> Callable[[bytes], Any]:
+    """How one cell is decoded.
+
+    Raises:
+        ConfigError: An image, and neither OpenCV nor Pillow.
+    """
     from petastorm import codecs
 
-    if isinstance(described.codec, codecs.CompressedImageCodec) and not codecs.OPENCV_AVAILABLE:
-        return _decode_image
-    return functools.partial(described.codec.decode, described)
-
-
-def _decode_image(cell: bytes) -> Array:
-    """What the image codec does with OpenCV, done by Pillow: (height, width) or (height, width, 3) in RGB order."""
+    if not isinstance(described.codec, codecs.CompressedImageCodec) or codecs.OPENCV_AVAILABLE:
+        return functools.partial(described.codec.decode, described)
     try:
         from PIL import Image
     except ImportError as error:
         raise ConfigError("Images need opencv-python-headless or pillow on all executors. Install one.") from error
-    with Image.open(io.BytesIO(cell)) as image:
-        return np.asarray(image)
+
+    def decode(cell: bytes) -> Array:
+        with Image.open(io.BytesIO(cell)) as image:  # (height, width), or (height, width, 3) in RGB order
+            return np.asarray(image)
+
+    return decode

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from sparkdl.io.petastorm import PlannedReader
 from sparkdl.io.plan import Piece, plan_pieces
 from sparkdl.io.resolve import ColumnRules, resolve_column
 from sparkdl.io.stage import StagedDataset
+from sparkdl.io.unischema import UNISCHEMA_KEY, coded_fields, decode_unischema
 from tests.unit.test_storage import SECRETS, S3Server, closed_port, s3_server, silent_port
 
 __all__ = ["s3_server"]
@@ -413,7 +415,7 @@ FILTERS: list[tuple[Any, Callable[[dict[str, Any]], bool]]] = [
     ([("id", ">=", 35), ("day", "in", {0, 2})], lambda row: row["id"] >= 35 and row["day"] in (0, 2)),
     ((pc.field("x") > 10) | (pc.field("day") == 1), lambda row: (row["x"] or 0) > 10 or row["day"] == 1),
     (
-        pc.field("p") % 2 == 0 if hasattr(pc.Expression, "__mod__") else pc.field("p") > 3,
+        pc.field("p") > 3,
         lambda row: (row["p"] or 0) > 3,
     ),
     (pc.field("id") > 1000, lambda row: False),
@@ -461,13 +463,8 @@ def test_the_rows_are_those_of_a_loop_over_all_rows(
     for split, rows in expected.items():
         assert read_rows(found, VALIDATED, staged, split, shards) == rows
     assert all(group.rows for group in (*staged.train, *staged.validation))
-    passed = sum(
-        keeps({**row, **file.partitions})
-        for file in found.files
-        for row in pq.read_table(file.path, partitioning=None).to_pylist()
-    )
-    if found.filters is None:
-        assert staged.facts.dropped == passed - sum(map(len, expected.values()))
+    if filters is None:
+        assert staged.facts.dropped == first - sum(map(len, expected.values()))
 
 
 def test_what_a_footer_tells_is_not_read(tmp_path: Path) -> None:
@@ -696,7 +693,7 @@ def test_a_store_that_cannot_be_reached_is_one_sentence_within_the_timeout(kind:
             nothing_left(),
             pytest.raises(
                 ConfigError,
-                match=r"^s3a://bucket/table cannot be listed: .*NETWORK_CONNECTION.*Check the address and the storage_options",
+                match=r"^s3a://bucket/table cannot be listed: .*NETWORK_CONNECTION.*Check the address and",
             ) as caught,
         ):
             list_files(ParquetDataset("s3a://bucket/table", storage_options=options))
@@ -716,3 +713,154 @@ def test_what_was_read_becomes_tensors(tmp_path: Path) -> None:
     values = convert(select_rows(table, Piece(group, 1, 4), context=context), columns)
     x, day = values["input_0"]
     assert (x.tolist(), day.tolist(), values["label_0"].tolist()) == ([0.5, 1.0, 1.5], [3, 3, 3], [1, 2, 3])  # type: ignore[union-attr]
+
+
+# ---- data sets in Petastorm's own format -----------------------------------------------------------------------------
+def petastorm_dataset(folder: Path, codecs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Any:
+    """What materialize_dataset writes, less the Spark session: cells by the codecs, and the pickled Unischema."""
+    from petastorm.codecs import ScalarCodec
+    from petastorm.etl.dataset_metadata import UNISCHEMA_KEY
+    from petastorm.unischema import Unischema, UnischemaField
+    from petastorm.utils import add_to_dataset_metadata
+
+    from sparkdl.io.legacy_pyarrow import ParquetDataset as LegacyDataset
+
+    fields = [UnischemaField("id", np.int64, (), ScalarCodec(T.LongType()), False)]
+    fields += [UnischemaField(name, *described) for name, described in codecs.items()]
+    unischema = Unischema("Described", fields)
+    encoded = {
+        one.name: [None if row[one.name] is None else one.codec.encode(one, row[one.name]) for row in rows]
+        for one in fields
+    }
+    write(folder / "part.parquet", {name: _cells(column) for name, column in encoded.items()}, rows_per_group=4)
+    add_to_dataset_metadata(LegacyDataset(str(folder)), UNISCHEMA_KEY, pickle.dumps(unischema))
+    return unischema
+
+
+def _cells(column: Sequence[Any]) -> list[Any]:
+    return [bytes(cell) if isinstance(cell, bytearray) else cell for cell in column]
+
+
+def pictures(count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from petastorm.codecs import CompressedImageCodec, CompressedNdarrayCodec, NdarrayCodec
+
+    codecs = {
+        "picture": (np.uint8, (4, 5, 3), CompressedImageCodec("png"), False),
+        "gray": (np.uint8, (4, 5), CompressedImageCodec("png"), False),
+        "matrix": (np.float32, (2, 3), NdarrayCodec(), False),
+        "packed": (np.int64, (3,), CompressedNdarrayCodec(), False),
+        "flags": (np.bool_, (2,), NdarrayCodec(), False),
+        "cloud": (np.float64, (None, 2), NdarrayCodec(), True),
+    }
+    random = np.random.default_rng(7)
+    rows = [
+        {
+            "id": number,
+            "picture": random.integers(0, 256, (4, 5, 3)).astype(np.uint8),
+            "gray": random.integers(0, 256, (4, 5)).astype(np.uint8),
+            "matrix": random.normal(size=(2, 3)).astype(np.float32),
+            "packed": random.integers(0, 1 << 60, 3),
+            "flags": np.array([number % 2 == 0, True]),
+            "cloud": random.normal(size=(number + 1, 2)) if number % 2 else None,
+        }
+        for number in range(count)
+    ]
+    return codecs, rows
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_petastorms_arrays_and_images_become_tensors(tmp_path: Path, stored: bool) -> None:
+    codecs, rows = pictures(10)
+    unischema = petastorm_dataset(tmp_path, codecs, rows)
+    found = discovered(tmp_path, unischema="stored" if stored else unischema)
+    assert {one.name: one.dataType.simpleString() for one in found.schema} == {
+        "id": "bigint",
+        "picture": "array<float>",
+        "gray": "array<float>",
+        "matrix": "array<float>",
+        "packed": "array<bigint>",
+        "flags": "array<int>",
+        "cloud": "binary",
+    }
+    rules = ColumnRules(shapes=found.shapes)
+    names = ["picture", "gray", "matrix", "packed", "flags"]
+    inputs = tuple(
+        resolve_column(
+            found, name, field=f"input_{number}", param="inputCols", floating="float32", role="input", rules=rules
+        )
+        for number, name in enumerate(names)
+    )
+    columns = Columns(inputs, (ID,))
+    staged = inspect_locally(found, columns)
+    assert staged.facts.widths == {"input_0": 60, "input_1": 20, "input_2": 6, "input_3": 3, "input_4": 2, "label_0": 1}
+    context = pickle.loads(pickle.dumps(in_place(found, columns)))
+    for group in staged.train:
+        table = pq.ParquetFile(group.path).read_row_group(group.index, columns=list(physical_columns(context)))
+        values = convert(select_rows(table, Piece(group, 0, group.rows), context=context), columns)
+        for row, number in enumerate(values["label_0"].tolist()):  # type: ignore[union-attr]
+            for place, name in enumerate(names):
+                np.testing.assert_array_equal(values[f"input_{place}"][row], rows[number][name])
+
+
+def test_arrays_of_unknown_shape_are_decoded_one_by_one(tmp_path: Path) -> None:
+    codecs, rows = pictures(4)
+    unischema = petastorm_dataset(tmp_path, codecs, rows)
+    decoded = decode_unischema(pq.read_table(tmp_path / "part.parquet"), coded_fields(unischema, ["cloud"]), ["cloud"])
+    for value, row in zip(decoded["cloud"], rows, strict=True):
+        np.testing.assert_array_equal(value, row["cloud"])
+
+
+def test_without_opencv_pillow_decodes_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from petastorm import codecs as petastorm_codecs
+
+    codecs, rows = pictures(4)
+    unischema = petastorm_dataset(tmp_path, codecs, rows)
+    monkeypatch.setattr(petastorm_codecs, "OPENCV_AVAILABLE", False)
+    table, fields = pq.read_table(tmp_path / "part.parquet"), coded_fields(unischema, ["picture", "gray"])
+    for name, values in decode_unischema(table, fields, fields).items():
+        np.testing.assert_array_equal(values, [row[name] for row in rows])
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(
+        ConfigError, match=r"^Images need opencv-python-headless or pillow on all executors\. Install one"
+    ):
+        decode_unischema(table, fields, fields)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (None, r"^'matrix' is null in row 1 of a row group, and no number can stand for an array.*is_valid\(\)"),
+        (b"nonsense", r"^'matrix' cannot be decoded by NdarrayCodec\(\) in row 1 of a row group: .*Check the file"),
+        ((3, 2), r"^'matrix' holds a value of shape \(3, 2\) and type float32 in row 1 .*says \(2, 3\) and float32"),
+    ],
+)
+def test_a_cell_that_is_not_what_the_unischema_says_is_named(tmp_path: Path, cell: Any, message: str) -> None:
+    codecs, rows = pictures(3)
+    fields = coded_fields(petastorm_dataset(tmp_path, codecs, rows), ["matrix"])
+    cells = pq.read_table(tmp_path / "part.parquet").column("matrix").to_pylist()
+    if isinstance(cell, tuple):
+        cell = _npy(np.zeros(cell, np.float32))
+    cells[1] = cell
+    with pytest.raises(DataError, match=message):
+        decode_unischema(pa.table({"matrix": pa.array(cells, pa.binary())}), fields, ["matrix"])
+
+
+def _npy(values: Any) -> bytes:
+    import io
+
+    sink = io.BytesIO()
+    np.save(sink, values)
+    return sink.getvalue()
+
+
+def test_a_unischema_must_be_one_and_be_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", numbers(0, 3))
+    with pytest.raises(ConfigError, match=r"^unischema=7 is neither a petastorm\.unischema\.Unischema nor 'stored'\.$"):
+        discovered(tmp_path, unischema=7)
+    with pytest.raises(ConfigError, match=r"^unischema='stored', but \S+ has no Unischema in a _common_metadata file"):
+        discovered(tmp_path, unischema="stored")
+    stored = {UNISCHEMA_KEY: pickle.dumps(Path("a class that is not let pass"))}
+    pq.write_metadata(pa.schema([pa.field("id", pa.int64())], stored), tmp_path / "_common_metadata")
+    assert discovered(tmp_path).columns == ["id", "x"]  # not unpickled unless asked for
+    with pytest.raises(DataError, match=r"^The Unischema in the metadata of \S+ cannot be unpickled: .*forbidden"):
+        discovered(tmp_path, unischema="stored")
