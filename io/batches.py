@@ -188,11 +188,11 @@ class RankData:
 
     def _epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """The batches of an epoch, some at a time: gathered and handed over at once, small ones cost less."""
-        coming = self._coming(epoch, first)
+        coming, pool = self._coming(epoch, first)
         dealt, group_steps = self.dealt, self._group_steps()
         feeds = {shard: ShardFeed() for shard in dealt}
         group = _Group()
-        with self._open_windows(coming, epoch) as reader:
+        with contextlib.closing(pool), self._open_windows(coming, epoch) as reader:
             windows = iter(coming)
             for counts in self.plan.counts(dealt, first):
                 try:
@@ -210,7 +210,7 @@ class RankData:
                 if len(group.sizes) == group_steps:
                     yield self._gathered(group)
                     group = _Group()
-        yield self._gathered(group)
+            yield self._gathered(group)
 
     def _gathered(self, group: "_Group") -> list[Batch]:
         batches = self._batches(gather(group.taken, self.layout), group.sizes)
@@ -218,10 +218,14 @@ class RankData:
             done()
         return batches
 
-    def _open_windows(self, coming: Sequence["_Coming"], epoch: int) -> PlannedReader:
+    def _open_windows(
+        self, coming: Sequence["_Coming"], epoch: int
+    ) -> contextlib.AbstractContextManager[Iterator[None]]:
         """A reader that brings the rows of windows to their places, one piece at a time."""
         items = [item for window in coming for item in window.items]
         store = self.cache.store
+        if not items:
+            return contextlib.nullcontext(iter(()))
 
         def place(table: pa.Table, number: int) -> None:
             item = items[number]
@@ -246,8 +250,11 @@ class RankData:
         share = max(1, self.plan.batch_size * len(self.dealt) // len(self.plan.shard_rows))
         return max(1, min(_GROUP_STEPS, _GROUP_BYTES // (share * row_nbytes(self.layout) or 1)))
 
-    def _coming(self, epoch: int, first: int) -> list["_Coming"]:
-        """The windows of all dealt shards that steps from ``first`` on need, in the order in which they need them."""
+    def _coming(self, epoch: int, first: int) -> tuple[list["_Coming"], WindowPool]:
+        """The windows of all dealt shards that steps from ``first`` on need, in the order in which they need them.
+
+        With them comes the memory of those that are not kept.
+        """
         begin = self.plan.bounds(first, first)[0]
         found = []
         for shard in self.dealt:
@@ -271,7 +278,7 @@ class RankData:
             else:
                 one.memory, one.arena = arena.memory, arena
             one.find_items(self.pieces[one.shard])
-        return found
+        return found, pool
 
     def _keep_shards(self, names: Mapping[str, str]) -> None:
         """Reserve memory for all rows of the dealt shards, where the cache has room for them."""
@@ -322,7 +329,7 @@ class RankData:
         Raises:
             ConfigError: The cache has no room for them.
         """
-        coming = self._coming(0, 0)
+        coming, _ = self._coming(0, 0)
         if len(self._arenas) < len(self.dealt):
             raise ConfigError(
                 f"reshuffleInterval={self.reshuffle_interval} needs all of this rank's rows in the cache, which has no "
@@ -460,7 +467,7 @@ class _Coming:
                 self.items.append(_Item((self.shard, number), pieces[number], self.memory, place))
             start += pieces[number].rows
 
-    def fill(self, reader: PlannedReader) -> None:
+    def fill(self, reader: Iterator[None]) -> None:
         """Wait until all pieces are there."""
         for item in self.items:
             next(reader)

@@ -4,7 +4,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from sparkdl.io.decode import Layout, Values
 __all__ = ["RowMemory", "ShardFeed", "Standardise", "WindowPool", "gather", "row_nbytes"]
 
 Tensors = dict[str, Tensor]
+_INTERLEAVED_ROWS = 4096
 Allocate = Callable[[str, int], Tensor]
 """From the name of a field and a number of rows to an uninitialised tensor of its layout."""
 
@@ -72,7 +76,7 @@ class RowMemory:
             if not isinstance(value, tuple):
                 place.copy_(value)
             elif place.device.type == "cpu":
-                torch.stack(value, 1, out=place)
+                _interleave([part.numpy() for part in value], place.numpy())
             else:
                 place.copy_(torch.stack(value, 1))
             if name in self.standardise:
@@ -88,6 +92,16 @@ class RowMemory:
                 f"{self.names[name]!r} has shape {tuple(expected)} of {dtype} in the first rows, but {found} of {kind} "
                 "in others. Every row needs the same: check the transform, or pad or cut the column before fit."
             )
+
+
+def _interleave(columns: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any]) -> None:
+    """Columns of shape (rows,) side by side in ``out``, shape (rows, columns).
+
+    Some rows at a time: what is written stays in the processor's cache until all columns have added to it.
+    """
+    for start in range(0, len(out), _INTERLEAVED_ROWS):
+        stop = start + _INTERLEAVED_ROWS
+        np.stack([column[start:stop] for column in columns], 1, out=out[start:stop], casting="same_kind")
 
 
 class WindowPool:
@@ -117,6 +131,11 @@ class WindowPool:
         with self._lock:
             for name, tensor in tensors.items():
                 self._free[name].append(tensor)
+            tensors.clear()
+
+    def close(self) -> None:
+        """Let go of all memory."""
+        self._free.clear()
 
 
 @dataclass(slots=True)

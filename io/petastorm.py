@@ -280,6 +280,7 @@ class _OpenFiles:
                 memory_map=inner.startswith("/dev/fd/"),
                 pre_buffer=not local,
                 read_dictionary=self._dictionaries,
+                coerce_int96_timestamp_unit="us",  # in nanoseconds, years before 1677 overflow
             )
         mine[path] = found
         return found
