@@ -38,9 +38,12 @@ QUIET: dict[str, Any] = {"verbose": False, "maxEpochs": 1}
 
 
 def with_vectors(spark: SparkSession, rows: Sequence[tuple[Any, ...]], vector: str, ddl: str) -> DataFrame:
-    """Rows whose first column is an ML Vector and whose other columns a DDL string describes."""
+    """Rows whose first column is an ML Vector and whose other columns a DDL string describes, in two partitions.
+
+    Every partition more is a Python worker more that has to import torch.
+    """
     fields = StructType.fromDDL(ddl).fields
-    return spark.createDataFrame(list(rows), StructType([StructField(vector, VectorUDT()), *fields]))
+    return spark.createDataFrame(list(rows), StructType([StructField(vector, VectorUDT()), *fields])).coalesce(2)
 
 
 def in_order(df: DataFrame) -> list[Row]:
@@ -425,7 +428,7 @@ def house_net() -> nn.Module:
 def houses(spark: SparkSession) -> DataFrame:
     return spark.createDataFrame(
         [(id_, *house(id_)) for id_ in range(HOUSES)], "id int, size double, price int, w double"
-    )
+    ).coalesce(2)
 
 
 def house_regressor(module: nn.Module, **params: Any) -> TorchRegressor:

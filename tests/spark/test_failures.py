@@ -297,7 +297,7 @@ def test_a_rank_that_is_killed_is_said_to_have_died_without_a_word(warm: DataFra
 
 def test_an_error_in_the_users_loss_on_one_rank_is_the_cause(warm: DataFrame, tmp_path: Path) -> None:
     staging = tmp_path / "staging"
-    failed = fit_and_fail(warm, tmp_path, raise_value_error, in_loss=True, stagingDir=str(staging))
+    failed = fit_and_fail(warm.coalesce(2), tmp_path, raise_value_error, in_loss=True, stagingDir=str(staging))
     assert PLANTED in str(failed.error).splitlines()[0]
     assert PLANTED in failed.error.failures[1].message
     assert failed.seconds < SOON

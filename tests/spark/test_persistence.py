@@ -87,7 +87,7 @@ def outputs(module: nn.Module) -> Tensor:
 @pytest.fixture(scope="module")
 def points(spark: SparkSession) -> DataFrame:
     rows = [(0.1 * id_, float(id_ % 4), -1.0, id_ % 3) for id_ in range(12)]
-    return spark.createDataFrame(rows, "x double, y double, z double, label int")
+    return spark.createDataFrame(rows, "x double, y double, z double, label int").coalesce(2)
 
 
 @pytest.fixture(scope="module")
