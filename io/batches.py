@@ -117,6 +117,7 @@ class RankData:
     _arenas: dict[int, "_Arena"] = field(default_factory=dict, init=False, repr=False)
     _position: tuple[int, int] = field(default=(0, 0), init=False)
     _reshuffled: int = field(default=0, init=False)
+    _pool: WindowPool | None = field(default=None, init=False, repr=False)
 
     @property
     def columns(self) -> Columns:
@@ -188,11 +189,14 @@ class RankData:
 
     def _epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """The batches of an epoch, some at a time: gathered and handed over at once, small ones cost less."""
-        coming, pool = self._coming(epoch, first)
+        coming = self._coming(epoch, first)
         dealt, group_steps = self.dealt, self._group_steps()
         feeds = {shard: ShardFeed() for shard in dealt}
         group = _Group()
-        with contextlib.closing(pool), self._open_windows(coming, epoch) as reader:
+        with contextlib.ExitStack() as stack:
+            for window in coming:  # however the epoch ends, its memory serves the next one
+                stack.callback(window.release)
+            reader = stack.enter_context(self._open_windows(coming, epoch))
             windows = iter(coming)
             for counts in self.plan.counts(dealt, first):
                 try:
@@ -250,11 +254,8 @@ class RankData:
         share = max(1, self.plan.batch_size * len(self.dealt) // len(self.plan.shard_rows))
         return max(1, min(_GROUP_STEPS, _GROUP_BYTES // (share * row_nbytes(self.layout) or 1)))
 
-    def _coming(self, epoch: int, first: int) -> tuple[list["_Coming"], WindowPool]:
-        """The windows of all dealt shards that steps from ``first`` on need, in the order in which they need them.
-
-        With them comes the memory of those that are not kept.
-        """
+    def _coming(self, epoch: int, first: int) -> list["_Coming"]:
+        """The windows of all dealt shards that steps from ``first`` on need, in the order in which they need them."""
         begin = self.plan.bounds(first, first)[0]
         found = []
         for shard in self.dealt:
@@ -267,18 +268,20 @@ class RankData:
                 if skipped < window.rows:
                     found.append(_Coming(window.offset / rows, shard, window, skipped))
         found.sort(key=lambda one: (one.position, one.shard))
-        pool = WindowPool(self.layout, max((one.window.rows for one in found), default=0))
+        if self._pool is None:
+            largest = max((piece.rows for own in self.pieces.values() for piece in own), default=0)
+            self._pool = WindowPool(self.layout, min(self.window + largest, max(self.plan.shard_rows)))
         names = {column.field: column.name for column in self.columns}
         self._keep_shards(names)
         for one in found:
             arena = self._arenas.get(one.shard)
             if arena is None:
-                one.memory = RowMemory(one.window.rows, self.layout, pool.allocate, names, self.standardise)
-                one.pool = pool
+                one.memory = RowMemory(one.window.rows, self.layout, self._pool.allocate, names, self.standardise)
+                one.pool = self._pool
             else:
                 one.memory, one.arena = arena.memory, arena
             one.find_items(self.pieces[one.shard])
-        return found, pool
+        return found
 
     def _keep_shards(self, names: Mapping[str, str]) -> None:
         """Reserve memory for all rows of the dealt shards, where the cache has room for them."""
@@ -329,7 +332,7 @@ class RankData:
         Raises:
             ConfigError: The cache has no room for them.
         """
-        coming, _ = self._coming(0, 0)
+        coming = self._coming(0, 0)
         if len(self._arenas) < len(self.dealt):
             raise ConfigError(
                 f"reshuffleInterval={self.reshuffle_interval} needs all of this rank's rows in the cache, which has no "
@@ -478,7 +481,12 @@ class _Coming:
         """Hand the rows to their shard's feed."""
         tensors = self.memory.prepare()
         order = torch.from_numpy(self.order()).to(next(iter(tensors.values())).device)
-        feed.add(tensors, order, None if self.pool is None else partial(self.pool.give_back, tensors))
+        feed.add(tensors, order, self.release)
+
+    def release(self) -> None:
+        """Let go of the memory, unless it is kept."""
+        if self.pool is not None:
+            self.pool.give_back(self.memory.tensors)
 
     def order(self) -> Int64:
         """Places of the window's rows in its memory, in the order of the epoch; shape (rows - skipped,)."""

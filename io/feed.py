@@ -133,10 +133,6 @@ class WindowPool:
                 self._free[name].append(tensor)
             tensors.clear()
 
-    def close(self) -> None:
-        """Let go of all memory."""
-        self._free.clear()
-
 
 @dataclass(slots=True)
 class _Part:
