@@ -259,14 +259,16 @@ def ratios(results: dict[str, list[Call]]) -> dict[str, float]:
 
 def tables(results: dict[str, list[Call]], found: dict[str, float]) -> str:
     """Returns the calls and the ratios as two Markdown tables."""
-    lines = ["| contender | call | wall s | outside loop s | first rows/s | median rows/s | loss |"]
-    lines.append("| --- |" + " ---: |" * 6)
+    lines = ["| contender | call | wall s | outside loop s | first rows/s | median rows/s | loss | data wait % |"]
+    lines.append("| --- |" + " ---: |" * 7)
     for name, calls in results.items():
         for number, call in enumerate(calls, start=1):
             wall = " | " if name == "ddp" else f"{call.wall:.1f} | {call.outside:.1f}"
             rates = f"{call.rates[0]:,.0f} | {statistics.median(call.rates):,.0f}"
             loss = call.epochs[-1].get("loss", float("nan"))
-            lines.append(f"| {name} | {number} | {wall} | {rates} | {loss:.3f} |")
+            waits = [epoch["data_wait"] for epoch in call.epochs if "data_wait" in epoch]
+            waited = " / ".join(f"{100 * wait:.1f}" for wait in waits)
+            lines.append(f"| {name} | {number} | {wall} | {rates} | {loss:.3f} | {waited} |")
     lines += ["", "| ratio | value |", "| --- | ---: |"]
     return "\n".join(lines + [f"| {name} | {value:.2f} |" for name, value in found.items()])
 
