@@ -24,9 +24,11 @@ from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
 from sparkdl.barrier.preflight import check_executor_python, check_slots
 from sparkdl.config import CacheTier, Column, Columns, Device, Partitioning, RunSpec, Shuffle, TrainConfig
 from sparkdl.errors import ConfigError, DataError
-from sparkdl.io.dataset import DiscoveredDataset, InPlace, ParquetDataset, discover, in_place, inspect_dataset
+from sparkdl.io.dataset import DiscoveredDataset, ParquetDataset, discover
 from sparkdl.io.deal import check_partitioning, deal_rows
 from sparkdl.io.decode import Transform, draws_random_numbers
+from sparkdl.io.in_place import InPlace, in_place
+from sparkdl.io.inspection import inspect_dataset
 from sparkdl.io.plan import ShardPlan
 from sparkdl.io.schema import ColumnRules, check_rules, resolve_column
 from sparkdl.io.stage import StagedDataset, remove_staged, stage_dataset

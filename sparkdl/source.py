@@ -17,10 +17,10 @@ from sparkdl.barrier.world import World
 from sparkdl.config import Columns, RunSpec
 from sparkdl.io.batches import RankData, Reading
 from sparkdl.io.cache import Cache, find_free, plan_cache
-from sparkdl.io.dataset import InPlace, physical_columns, select_rows
 from sparkdl.io.decode import Decoder, Layout, Transform, stacked
 from sparkdl.io.exchange import global_moments, global_vocabulary
 from sparkdl.io.feed import Standardise, row_nbytes
+from sparkdl.io.in_place import InPlace, physical_columns, select_rows
 from sparkdl.io.plan import Piece, ShardPlan, plan_pieces, shards_of
 from sparkdl.io.stage import Facts, StagedDataset, open_spool
 

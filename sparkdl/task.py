@@ -20,8 +20,8 @@ from sparkdl.barrier.rendezvous import Entry, error_of
 from sparkdl.config import Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
 from sparkdl.io.batches import RankData
-from sparkdl.io.dataset import InPlace
 from sparkdl.io.decode import Layout, layout_of
+from sparkdl.io.in_place import InPlace
 from sparkdl.io.stage import Facts, StagedDataset
 from sparkdl.objective import Objective
 from sparkdl.optimizer import OptimizerRecipe

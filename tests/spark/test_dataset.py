@@ -11,13 +11,8 @@ from pyspark.sql import functions as F
 
 from sparkdl.config import Column, Columns
 from sparkdl.errors import ConfigError, DataError
-from sparkdl.io.dataset import (
-    ParquetDataset,
-    discover,
-    discover_locally,
-    inspect_dataset,
-    inspect_locally,
-)
+from sparkdl.io.dataset import ParquetDataset, discover, discover_locally
+from sparkdl.io.inspection import inspect_dataset, inspect_locally
 from sparkdl.storage import default_file_system
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(120)]
