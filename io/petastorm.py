@@ -25,7 +25,7 @@ from petastorm.workers_pool.worker_base import WorkerBase
 
 from sparkdl.errors import DataError
 from sparkdl.io.plan import Piece
-from sparkdl.storage import open_file_system
+from sparkdl.storage import FileSystems
 
 __all__ = ["PlannedReader", "select_piece"]
 
@@ -257,10 +257,13 @@ class _PieceWorker(WorkerBase):
 
 
 class _OpenFiles:
-    """Parquet files that the reader threads hold open: of each thread, the few that it used last."""
+    """Parquet files that the reader threads hold open: of each thread, the few that it used last.
+
+    The threads share the file systems, and with them the connections to the stores.
+    """
 
     def __init__(self, storage_options: Mapping[str, Any] | None, dictionaries: Sequence[str]) -> None:
-        self._storage_options = storage_options
+        self._systems = FileSystems(storage_options)
         self._dictionaries = list(dictionaries) or None
         self._threads: dict[int, dict[str, pq.ParquetFile]] = {}
 
@@ -270,7 +273,7 @@ class _OpenFiles:
         if found is None:
             if len(mine) >= _OPEN_FILES:
                 mine.pop(next(iter(mine))).close(force=True)
-            file_system, inner = open_file_system(path, self._storage_options)
+            file_system, inner = self._systems.open(path)
             # Only a spool file, which nobody else can reach, is mapped: reading behind the end of a file that was cut
             # short while it is mapped ends the process with SIGBUS.
             local = file_system.type_name == "local"

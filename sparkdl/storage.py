@@ -16,6 +16,7 @@ What is in ``storage_options`` may be secret: no message of this module holds an
 import contextlib
 import os
 import posixpath
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ Options = Mapping[str, Any]
 
 _IN_URLS = "%/:?#[]@!$&'()*+,;=~"
 _ALIASES = {"s3a": "s3", "s3n": "s3", "abfss": "abfs", "wasb": "abfs", "wasbs": "abfs"}
-_SECONDS = 10  # for one request to an object store; three attempts
-_ATTEMPTS = 3
+_SECONDS = 10  # for one request to an object store; a silent one ends after _ATTEMPTS times as long
+_ATTEMPTS = 2
 _S3FS_OPTIONS = {
     "key": "access_key",
     "secret": "secret_key",
@@ -61,8 +62,8 @@ def open_file_system(url: str, storage_options: Options | None = None) -> tuple[
         url: As Spark users write it. Without a scheme it is a local path; see `qualify`.
         storage_options: Credentials and addresses, under the names of the file system that serves the scheme. For S3,
             those of `pyarrow.fs.S3FileSystem` (``access_key``, ``endpoint_override``, ...) or of s3fs (``key``,
-            ``secret``, ``token``, ``client_kwargs``, ...). One request takes 10 seconds at most and is tried three
-            times, unless ``request_timeout``, ``connect_timeout`` or ``retry_strategy`` say otherwise.
+            ``secret``, ``token``, ``client_kwargs``, ...). One request takes 10 seconds at most and is tried twice,
+            unless ``request_timeout``, ``connect_timeout`` or ``retry_strategy`` say otherwise.
 
     Raises:
         ConfigError: Nothing installed knows the scheme, or an option that its file system does not know.
@@ -73,6 +74,8 @@ def open_file_system(url: str, storage_options: Options | None = None) -> tuple[
 class FileSystems:
     """The file systems behind some URLs, each opened once: they keep their connections while this object lives.
 
+    Threads may share it.
+
     Args:
         storage_options: As for `open_file_system`.
     """
@@ -80,6 +83,7 @@ class FileSystems:
     def __init__(self, storage_options: Options | None = None) -> None:
         self._options = dict(storage_options or {})
         self._opened: dict[tuple[str, str], FileSystem] = {}
+        self._opening = threading.Lock()
 
     def open(self, url: str) -> tuple[FileSystem, str]:
         """As `open_file_system`.
@@ -89,9 +93,10 @@ class FileSystems:
         """
         scheme, authority, path = _split(url)
         try:
-            found = self._opened.get((scheme, authority))
-            if found is None:
-                found = self._opened[scheme, authority] = _make(scheme, authority, self._options)
+            with self._opening:
+                found = self._opened.get((scheme, authority))
+                if found is None:
+                    found = self._opened[scheme, authority] = _make(scheme, authority, self._options)
         except ConfigError:
             raise
         except (ArrowException, ImportError, OSError, TypeError, ValueError) as error:

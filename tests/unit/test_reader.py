@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow.fs import FileSystem
 
+from sparkdl import storage
 from sparkdl.errors import DataError
 from sparkdl.io import petastorm as reading
 from sparkdl.io.petastorm import PlannedReader
@@ -128,6 +130,24 @@ def test_more_files_than_descriptors_can_be_read(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert read == [list(group) for group in ids]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_store_is_opened_once_however_many_files_and_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    ids = consecutive([2] * 12)
+    pieces = [piece for number in range(12) for piece in whole(write_staged(tmp_path / f"{number:02}", [ids[number]]))]
+    opened: list[str] = []
+    make = storage._make
+
+    def counted(scheme: str, authority: str, options: dict[str, Any]) -> FileSystem:
+        opened.append(scheme)
+        return make(scheme, authority, options)
+
+    monkeypatch.setattr(storage, "_make", counted)
+    assert read_all(pieces, threads=threads) == [list(group) for group in ids]
+    assert opened == ["file"]
 
 
 # ---- how much waits --------------------------------------------------------------------------------------------------

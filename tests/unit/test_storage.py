@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,17 @@ def test_a_file_system_is_opened_once_for_each_store() -> None:
     assert systems.open("s3a://other/one")[0] is not systems.open("s3a://bucket/one")[0]
 
 
+def test_threads_share_the_file_system_of_a_store() -> None:
+    systems, together = FileSystems({"region": "eu-west-1"}), threading.Barrier(8, timeout=10)
+
+    def open_one(number: int) -> int:
+        together.wait()
+        return id(systems.open(f"s3a://bucket/{number}")[0])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(open_one, range(8)))) == 1
+
+
 @pytest.mark.parametrize("kind", ["silent", "closed"])
 def test_a_store_that_does_not_answer_ends_within_its_timeout(kind: str) -> None:
     with silent_port() if kind == "silent" else closed_port() as port:
@@ -198,6 +210,29 @@ def test_a_store_that_does_not_answer_ends_within_its_timeout(kind: str) -> None
         with pytest.raises(OSError, match="NETWORK_CONNECTION"):
             file_system.get_file_info(FileSelector(path, recursive=True))
         assert time.monotonic() - started < 5
+        del file_system
+
+
+def test_a_silent_store_is_asked_twice_unless_the_options_say_otherwise() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        options = {
+            "access_key": "AKIDTHATISSECRET",
+            "secret_key": "wordthatissecret",
+            "region": "eu-west-1",
+            "endpoint_override": f"http://127.0.0.1:{listener.getsockname()[1]}",
+            "request_timeout": 1,
+        }
+        file_system, path = open_file_system("s3a://bucket/table", options)
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+            file_system.get_file_info(path)
+        listener.setblocking(False)
+        with contextlib.ExitStack() as connections:
+            asked = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    connections.enter_context(listener.accept()[0])
+                    asked += 1
+        assert asked == 2
         del file_system
 
 
