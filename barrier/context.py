@@ -38,6 +38,7 @@ class RankContext:
         task_cpus: Cores that Spark gave the task.
         gpu_addresses: GPUs that Spark gave the task.
         all_gather: Spark's barrier all-gather of one string per rank.
+        refused: True where all ranks raise the same error, see `unanimously`.
     """
 
     world: World
@@ -46,6 +47,7 @@ class RankContext:
     task_cpus: int
     gpu_addresses: tuple[str, ...]
     all_gather: Callable[[str], Sequence[str]]
+    refused: bool = False
     _listener: socket.socket | None = None
     _store: tuple[str, int] | None = None
 
@@ -108,9 +110,28 @@ class RankContext:
             entry = Entry(rank, host, find_versions(), fingerprint=fingerprint, facts=facts, store=store)
         except Exception as error:
             entry = Entry(rank, host, find_versions(), failure=self.failure(error))
-        entries = agree(entry, self.all_gather)  # raises where this rank's entry is a failure
+        with self.unanimously():
+            entries = agree(entry, self.all_gather)  # raises where this rank's entry is a failure
         self._store = entries[0].store
         return entries, ready
+
+    @contextlib.contextmanager
+    def unanimously(self) -> Iterator[None]:
+        """For what every rank does with the same values: an error in the block is raised on all of them.
+
+        Then nobody waits for anybody, and the barrier tasks may end well: a task that fails costs its Python process.
+        """
+        try:
+            yield
+        except Exception:
+            self.refused = True
+            raise
+
+    def close(self) -> None:
+        """Let go of the driver, and of the socket if no store took it."""
+        self.channel.close()
+        if self._listener is not None:
+            self._listener.close()
 
     @contextlib.contextmanager
     def process_group(

@@ -40,6 +40,7 @@ _JAVA_REASON = re.compile(r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$",
 _PYTHON_REASON = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*$", re.MULTILINE)
 _SAYS_NOTHING = ("awaitResult", "failed barrier ResultStage")
 _RESULT_SCHEMA = "rank int, part int, payload binary"
+_FAILURE_PART = -1  # in place of a result: what all ranks refused with
 
 
 def launch(
@@ -127,6 +128,8 @@ def launch_stage(
         raise _first_cause(failed, failures) from None
     results: list[list[bytes]] = [[] for _ in range(world_size)]
     for row in table.sort_by([("rank", "ascending"), ("part", "ascending")]).to_pylist():
+        if row["part"] == _FAILURE_PART:
+            raise error_of({row["rank"]: Failure(**json.loads(row["payload"]))})
         results[row["rank"]].append(row["payload"])
     return results
 
@@ -220,20 +223,25 @@ def _run_task(
     try:
         rank.check_world_size(world_size)
         for part, payload in enumerate(pickle.loads(body)(rank, batches)):
-            yield pa.RecordBatch.from_arrays(
-                [
-                    pa.array([rank.world.rank], pa.int32()),
-                    pa.array([part], pa.int32()),
-                    pa.array([payload], pa.binary()),
-                ],
-                ["rank", "part", "payload"],
-            )
+            yield _row(rank, part, payload)
     except Exception as error:
-        # The note carries the account through Spark's own error where the channel is lost.
-        error.add_note(FAILURE_NOTE + json.dumps(asdict(rank.report(error))))
-        raise
+        account = json.dumps(asdict(rank.report(error)))
+        if not rank.refused:
+            # The note carries the account through Spark's own error where the channel is lost.
+            error.add_note(FAILURE_NOTE + account)
+            raise
+        yield _row(rank, _FAILURE_PART, account.encode())
     finally:
-        rank.channel.close()
+        rank.close()
+
+
+def _row(rank: RankContext, part: int, payload: bytes) -> pa.RecordBatch:
+    columns = [
+        pa.array([rank.world.rank], pa.int32()),
+        pa.array([part], pa.int32()),
+        pa.array([payload], pa.binary()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, ["rank", "part", "payload"])
 
 
 def _run_function(payload: bytes, rank: RankContext, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:

@@ -9,11 +9,11 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from sparkdl.config import Columns
+from sparkdl.config import Columns, Partitioning
 from sparkdl.errors import ConfigError
 from sparkdl.io.schema import SHARD, VALIDATION, select_expressions
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from pyspark.sql import Column as SparkColumn
     from pyspark.sql import DataFrame
 
-__all__ = ["Partitioning", "check_partitioning", "deal_rows", "plan_cuts"]
-
-Partitioning = Literal["sample", "batch", "random", "key"]
+__all__ = ["check_partitioning", "deal_rows", "plan_cuts"]
 
 _ID, _KEY = "id", "key"
 _ROW_BITS = 33  # of monotonically_increasing_id: the row's position; the partition's number is above

@@ -53,7 +53,6 @@ __all__ = [
     "encode",
     "keep_mask",
     "resolve_column",
-    "row_bytes",
     "select_expressions",
     "show_row",
     "to_array",
@@ -184,9 +183,3 @@ def as_named(batch: pa.RecordBatch, columns: Columns) -> pa.RecordBatch:
     found = {column.field: column.name for column in (*columns, *flag)}
     kept = [name for name in batch.schema.names if name != SHARD]
     return batch.select(kept).rename_columns([found.get(name, name) for name in kept])
-
-
-def row_bytes(columns: Columns, widths: Mapping[str, int]) -> int:
-    """Bytes that one row takes in memory; raw columns, whose size only their transform knows, count nothing."""
-    numbers = [column for column in columns if column.kind != "raw"]
-    return sum(np.dtype(column.dtype).itemsize * widths.get(column.field, 1) for column in numbers)

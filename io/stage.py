@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from sparkdl.config import Columns
+from sparkdl.config import Columns, Partitioning
 from sparkdl.errors import ConfigError, DataError
-from sparkdl.io.deal import Partitioning, check_partitioning, deal_rows
+from sparkdl.io.deal import check_partitioning, deal_rows
 from sparkdl.io.plan import Piece, RowGroup, plan_pieces
 from sparkdl.io.remove import remove_staged
 from sparkdl.io.schema import (
@@ -30,7 +29,6 @@ from sparkdl.io.schema import (
     as_named,
     drop_null_rows,
     encode,
-    row_bytes,
     select_expressions,
     show_row,
 )
@@ -46,10 +44,8 @@ __all__ = [
     "StagedDataset",
     "deal_rows",
     "open_spool",
-    "read_sample",
     "remove_staged",
     "stage_dataset",
-    "window_rows",
 ]
 
 _FIRST_ROWS = 64  # encoded before it is known how large an encoded row is
@@ -65,16 +61,12 @@ class Facts:
         labels: Smallest and largest class number; None without class labels or rows.
         row: One of the rows, as text.
         dropped: Rows left out because a column that drops nulls has one there.
-        rows: Rows that were kept.
-        raw_bytes: Bytes of their values in columns that are staged as they are.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[int, int] | None = None
     row: str = ""
     dropped: int = 0
-    rows: int = 0
-    raw_bytes: int = 0
 
     def merge(self, other: "Facts", columns: Columns) -> "Facts":
         """The facts of both, for rows that shall be trained on together.
@@ -96,8 +88,6 @@ class Facts:
             labels,
             self.row or other.row,
             dropped=self.dropped + other.dropped,
-            rows=self.rows + other.rows,
-            raw_bytes=self.raw_bytes + other.raw_bytes,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -157,13 +147,11 @@ class Spool:
         shards: Row groups of each of the rank's shards.
         validation: Row groups of its validation rows.
         facts: What is known of the rows.
-        sample: A few training rows in staged form; None where the rank has none.
     """
 
     shards: dict[int, tuple[RowGroup, ...]]
     validation: tuple[RowGroup, ...]
     facts: Facts
-    sample: pa.Table | None
 
 
 @contextlib.contextmanager
@@ -196,7 +184,7 @@ def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequ
                 "storage that all executors share.",
             )
         )
-        encoder, sample = _Encoder(columns), None
+        encoder = _Encoder(columns)
         for batch, table in encoder.encode(batches):
             train = _train_mask(batch, columns)
             if train is not None:
@@ -206,12 +194,8 @@ def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequ
                 mask = _both(mask, train)
                 rows = table if mask is None else table.filter(mask)
                 files.write(str(shard), rows)
-                if sample is None and rows.num_rows:
-                    sample = rows.slice(0, 2).combine_chunks()
         groups = files.close()
-        yield Spool(
-            {shard: groups.get(str(shard), ()) for shard in shards}, groups.get(VALIDATION, ()), encoder.facts, sample
-        )
+        yield Spool({shard: groups.get(str(shard), ()) for shard in shards}, groups.get(VALIDATION, ()), encoder.facts)
 
 
 def stage_dataset(
@@ -280,23 +264,6 @@ def stage_dataset(
     )
 
 
-def read_sample(row_group: RowGroup, rows: int = 2) -> pa.Table:
-    """The first rows of a staged row group.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
-    file_system, path = open_file_system(row_group.path)
-    try:
-        with file_system.open_input_file(path) as source:
-            return pq.ParquetFile(source).read_row_group(row_group.index).slice(0, rows)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{row_group.path} cannot be read by this executor: {error}. stagingDir must be storage that all executors "
-            "share."
-        ) from error
-
-
 class _Encoder:
     """Encodes batches in parts of a row group's size, and gathers the facts.
 
@@ -333,21 +300,8 @@ class _Encoder:
                 found = pc.min_max(table.column(column.field)).as_py()
                 labels = (int(found["min"]), int(found["max"]))
         row = facts.row or show_row(as_named(batch, columns), 0)
-        new = Facts(widths, labels, row, rows=table.num_rows, raw_bytes=_raw_bytes(table))
-        self.facts = facts.merge(new, columns)
+        self.facts = facts.merge(Facts(widths, labels, row), columns)
         return table
-
-
-def _raw_bytes(table: pa.Table) -> int:
-    raw = [column for column in table.columns if _is_raw(column.type)]
-    return sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in raw)
-
-
-def _is_raw(kind: pa.DataType) -> bool:
-    return any(
-        check(kind)
-        for check in (pa.types.is_binary, pa.types.is_string, pa.types.is_large_binary, pa.types.is_large_string)
-    )
 
 
 def _local_directory() -> str:
@@ -405,9 +359,3 @@ def _write_partition(columns: Columns, directory: str, batches: Iterator[pa.Reco
         for kind, found in groups.items()
     ]
     return {"partition": task.partitionId(), "facts": encoder.facts.to_json(), "files": files}
-
-
-def window_rows(columns: Columns, facts: Facts, window_bytes: int) -> int:
-    """Rows of one shard's shuffle window that take ``window_bytes`` in memory."""
-    size = row_bytes(columns, facts.widths) + facts.raw_bytes // max(1, facts.rows)
-    return max(1, window_bytes // max(1, size))

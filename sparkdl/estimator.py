@@ -213,6 +213,7 @@ class _TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any
                 backend="nccl" if first.device.startswith("cuda") else "gloo",
                 threads=first.threads,
                 rows=sum(result.rows for result in results),
+                droppedRows=first.dropped,
                 rankRows=tuple(result.rows for result in results),
                 rankShards=tuple(tuple(result.shards) for result in results),
                 cache=first.cache,

@@ -63,6 +63,7 @@ class TrainingSummary:
         backend: How gradients were reduced.
         threads: Torch threads of a rank.
         rows: Training rows.
+        droppedRows: Rows, of the training and validation rows, that were left out for their nulls.
         rankRows: Training rows that each rank read in the last epoch.
         rankShards: The shards that each rank read then.
         cache: Where rank 0 kept decoded rows for later epochs.
@@ -79,6 +80,7 @@ class TrainingSummary:
     backend: str
     threads: int
     rows: int
+    droppedRows: int
     rankRows: tuple[int, ...]
     rankShards: tuple[tuple[int, ...], ...]
     cache: str

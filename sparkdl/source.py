@@ -15,14 +15,15 @@ import torch
 
 from sparkdl.barrier.world import World
 from sparkdl.config import Columns, RunSpec
+from sparkdl.errors import DataError
 from sparkdl.io.batches import RankData, Reading
 from sparkdl.io.cache import Cache, find_free, plan_cache
 from sparkdl.io.decode import Decoder, Layout, Transform, stacked
-from sparkdl.io.exchange import global_moments, global_vocabulary
 from sparkdl.io.feed import Standardise, row_nbytes
 from sparkdl.io.in_place import InPlace, physical_columns, select_rows
 from sparkdl.io.plan import Piece, ShardPlan, plan_pieces, shards_of
 from sparkdl.io.stage import Facts, StagedDataset, open_spool
+from sparkdl.io.statistics import global_moments, global_vocabulary
 
 __all__ = ["Learnt", "Source", "open_source"]
 
@@ -82,8 +83,13 @@ class Source:
             words = {name: rows.column(at).unique().to_pylist() for name, at in self._unknown_words()}
             return dataclasses.replace(self.decoder, columns=_with_words(self.decoder.columns, words))(rows, first)
 
-        with self.reading.open([first], decode) as reader:
-            return stacked(next(reader), self.decoder.columns)
+        try:
+            with self.reading.open([first], decode) as reader:
+                return stacked(next(reader), self.decoder.columns)
+        except DataError as error:
+            if self.spec.config.staging_dir is None or self.decoder.native:
+                raise
+            raise DataError(f"{error} Is stagingDir on storage that all executors share?") from error
 
     def facts(self) -> dict[str, Any]:
         """What the other ranks need to know of this one's rows."""
@@ -232,9 +238,11 @@ def open_source(
             dictionaries=[column.name for column in columns if column.kind == "text"],
             storage_options=in_place.storage_options,
         )
+    # What is known of all rows is told by one rank, so that it is counted once.
+    facts = staged.facts if world.rank == 0 else dataclasses.replace(staged.facts, dropped=0)
     pieces = dict(enumerate(staged.pieces(spec.num_shards)))
     validation = list(plan_pieces(staged.validation, world.world_size)[world.rank])
-    yield Source(spec, world, pieces, validation, staged.facts, decoder, reading, fingerprint)
+    yield Source(spec, world, pieces, validation, facts, decoder, reading, fingerprint)
 
 
 def _with_words(columns: Columns, vocabularies: Mapping[str, Sequence[str]]) -> Columns:

@@ -46,6 +46,7 @@ class RankResult:
         shards: The shards that it read then.
         inputs: Name of the dtype and shape of one row of each input.
         outputs: Values per row of the module's output; 2 where it is the one logit of a classifier.
+        dropped: Rows of all ranks that were left out for their nulls.
         cache: Where decoded rows were kept, in words.
         vocabularies: Words that were learnt, by column.
         moments: Mean and scale of the inputs that were standardised, by field.
@@ -59,6 +60,7 @@ class RankResult:
     shards: list[int]
     inputs: list[tuple[str, list[int]]]
     outputs: int
+    dropped: int
     cache: str
     vocabularies: dict[str, list[str]]
     moments: dict[str, list[list[float]]]
@@ -132,8 +134,9 @@ def run_rank(
             return fingerprint, facts, _Ready(source, module, objective, optimizer, device)
 
         entries, ready = rank.agree(prepare)
-        found = _agreed(entries, spec.columns)
-        _check_classes(spec, found.outputs, found.facts)
+        with rank.unanimously():
+            found = _agreed(entries, spec.columns)
+            _check_classes(spec, found.outputs, found.facts)
         module, objective, device = ready.module, ready.objective, ready.device
         inputs = [found.layout[column.field] for column in spec.columns.inputs]
         if not entries[rank.world.rank].facts["layout"]:  # a rank without rows still needs a module of the right shape
@@ -177,6 +180,7 @@ def run_rank(
             shards=list(data.dealt),
             inputs=[(dtype, list(shape)) for dtype, shape in inputs],
             outputs=found.outputs,
+            dropped=found.facts.dropped,
             cache=data.cache.plan.reason,
             vocabularies=learnt.vocabularies,
             moments=learnt.moments,

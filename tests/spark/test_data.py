@@ -256,7 +256,7 @@ def test_words_are_learnt_rows_padded_and_nulls_dropped(texts: DataFrame) -> Non
     )  # fmt: skip
     model = estimator.fit(texts)
     assert model.getVocabularies() == {"word": ["red", "green", "blue"]}
-    assert model.history[0]["rows"] == 11
+    assert (model.history[0]["rows"], model.summary.droppedRows) == (11, 1)
     known = texts.dropna(subset=["word"])
     for row in model.transform(known).distinct().collect():
         word = torch.tensor([["red", "green", "blue"].index(row["word"])])

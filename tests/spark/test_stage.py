@@ -15,8 +15,8 @@ from sparkdl.config import Column, Columns
 from sparkdl.errors import DataError
 from sparkdl.io.plan import RowGroup
 from sparkdl.io.schema import decode
-from sparkdl.io.stage import Facts, StagedDataset, deal_rows, read_sample, remove_staged, stage_dataset
-from tests.unit.staged import write_staged
+from sparkdl.io.stage import Facts, StagedDataset, deal_rows, remove_staged, stage_dataset
+from tests.unit.staged import read_group, write_staged
 
 pytestmark = pytest.mark.spark
 
@@ -45,7 +45,7 @@ def numbers_in(groups: tuple[RowGroup, ...], columns: Columns = COLUMNS) -> list
     """The numbers in row groups, after checking that the features belong to them."""
     numbers: list[int] = []
     for group in groups:
-        found = decode(read_sample(group, group.rows), columns)
+        found = decode(read_group(group), columns)
         assert found["input_0"].tolist() == [[number % 100, 0.5] for number in found["label_0"].tolist()]
         numbers += found["label_0"].tolist()
     return numbers

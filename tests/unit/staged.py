@@ -12,6 +12,7 @@ import torch
 from sparkdl.config import Column, Columns
 from sparkdl.io.plan import Piece, RowGroup
 from sparkdl.io.schema import encode
+from sparkdl.storage import open_file_system
 
 Ids = npt.NDArray[np.int64]
 
@@ -43,6 +44,13 @@ def write_staged(path: Path | str, groups: Iterable[Iterable[int]], columns: Col
         for table in tables:
             writer.write_table(table, row_group_size=max(table.num_rows, 1))
     return [RowGroup(str(path), index, table.num_rows) for index, table in enumerate(tables)]
+
+
+def read_group(group: RowGroup) -> pa.Table:
+    """A row group, read plainly."""
+    file_system, path = open_file_system(group.path)
+    with file_system.open_input_file(path) as source:
+        return pq.ParquetFile(source).read_row_group(group.index)
 
 
 def consecutive(sizes: Sequence[int], first: int = 0) -> list[range]:

@@ -28,7 +28,6 @@ from sparkdl.io.schema import (
     encode,
     keep_mask,
     resolve_column,
-    row_bytes,
     to_array,
 )
 
@@ -190,7 +189,6 @@ def test_all_columns_of_a_run_travel_together_and_the_flag_stays_behind() -> Non
     assert {name: tensor.tolist() for name, tensor in decode(table, columns).items()} == {
         "input_0": [[1, 2], [0, 4]], "input_1": [7, 8], "label_0": [1, 0], "weight": [0, 2.5],
     }  # fmt: skip
-    assert row_bytes(columns, widths) == 2 * 4 + 8 + 8 + 4
 
 
 def test_decoding_understands_sliced_filtered_and_joined_tables() -> None:
@@ -954,7 +952,6 @@ def test_what_only_a_transform_can_read_stays_in_arrow(kind: T.DataType, array: 
     table, widths = encode(batch_of(array), columns)
     assert decode(table, columns)["input_0"].equals(array)
     assert widths == {}
-    assert row_bytes(columns, widths) == 0
     missing = pa.array([array[0].as_py(), None], array.type)
     assert re.search(r"is null in 1 of 2 rows; the first: .*row 1", refusal(missing, RAW))
     with pytest.raises(DataError, match="'price' is null in 1 of 2 rows"):

@@ -24,10 +24,10 @@ from sparkdl.io import stage, writer
 from sparkdl.io.deal import plan_cuts
 from sparkdl.io.plan import Piece, RowGroup
 from sparkdl.io.schema import decode
-from sparkdl.io.stage import Facts, Spool, StagedDataset, open_spool, read_sample, window_rows
+from sparkdl.io.stage import Facts, Spool, StagedDataset, open_spool
 from sparkdl.io.writer import ROW_GROUP_BYTES, RowGroupFiles
 from sparkdl.storage import open_file_system
-from tests.unit.staged import COLUMNS, assert_rows, features_of, spark_batch, write_staged
+from tests.unit.staged import COLUMNS, assert_rows, features_of, read_group, spark_batch
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -50,7 +50,7 @@ def ids_in(groups: Sequence[RowGroup], columns: Columns = COLUMNS) -> list[int]:
     """The rows of row groups, checked."""
     ids: list[int] = []
     for group in groups:
-        table = read_sample(group, group.rows + 1)
+        table = read_group(group)
         assert table.num_rows == group.rows
         found = decode(table, columns)
         assert_rows(found["input_0"], found["label_0"], found["label_0"].tolist())
@@ -101,13 +101,12 @@ def test_all_rows_or_none_may_be_for_validation(held: bool) -> None:
     with open_spool(iter([dealt(range(10), 1, [held] * 10)]), WITH_VALIDATION, (0,)) as spool:
         assert ids_in(spool.validation) == (list(range(10)) if held else [])
         assert ids_in(spool.shards[0]) == ([] if held else list(range(10)))
-        assert (spool.sample is None) == held
 
 
 @pytest.mark.parametrize("batches", [[], [dealt([], 2)], [dealt([], 2), dealt([], 2)]])
 def test_a_rank_without_rows_has_empty_shards(batches: list[pa.RecordBatch]) -> None:
     with open_spool(iter(batches), COLUMNS, (0, 1)) as spool:
-        assert spool == Spool({0: (), 1: ()}, (), Facts(), None)
+        assert spool == Spool({0: (), 1: ()}, (), Facts())
 
 
 def test_rows_that_have_nulls_are_left_out_and_counted() -> None:
@@ -119,24 +118,21 @@ def test_rows_that_have_nulls_are_left_out_and_counted() -> None:
         batches.append(batch.set_column(0, "input_0", pa.array(cells, pa.list_(pa.float32()))))
     kept = [row for row in (*range(20), *range(40, 60)) if row not in (1, 4, 5)]
     with open_spool(iter(batches), columns, (0, 1)) as spool:
-        assert (spool.facts.dropped, spool.facts.rows) == (23, len(kept))
+        assert spool.facts.dropped == 23
         assert ids_in(spool.validation) == [row for row in kept if row % 5 == 0]
         for shard in (0, 1):
             assert ids_in(spool.shards[shard]) == [row for row in kept if row % 2 == shard and row % 5]
     with open_spool(iter(batches[1:2]), columns, (0, 1)) as spool:
-        assert spool == Spool({0: (), 1: ()}, (), Facts(dropped=20), None)
+        assert spool == Spool({0: (), 1: ()}, (), Facts(dropped=20))
 
 
-def test_raw_columns_are_spooled_as_they_are_and_make_the_window_smaller() -> None:
+def test_raw_columns_are_spooled_as_they_are() -> None:
     columns = Columns((Column("image", "input_0", "raw", ""),), COLUMNS.labels)
     cells = [bytes([row % 251]) * (1000 + row % 7) for row in range(700)]
     batch = pa.RecordBatch.from_pydict({"input_0": cells, "label_0": range(700), "shard": [0] * 700})
     with open_spool(iter([batch.slice(0, 300), batch.slice(300)]), columns, (0,)) as spool:
-        tables = [read_sample(group, group.rows) for group in spool.shards[0]]
+        tables = [read_group(group) for group in spool.shards[0]]
         assert [cell for table in tables for cell in table["input_0"].to_pylist()] == cells
-        facts = spool.facts
-    assert (facts.rows, facts.raw_bytes) == (700, 1003 * 700)
-    assert window_rows(columns, facts, 1_011_000) == 1000
 
 
 def test_ids_above_two_to_the_53_are_spooled_exactly() -> None:
@@ -209,14 +205,6 @@ def test_sparse_vectors_are_never_dense_all_at_once() -> None:
         rows += table.num_rows
     assert rows == 10_000
     assert encoder.facts.widths["input_0"] == 20_000
-
-
-def test_the_sample_is_a_few_training_rows_in_staged_form() -> None:
-    batches = [dealt([8, 9], 1, [True, True]), dealt(range(3), 1, [True, False, False])]
-    with open_spool(iter(batches), WITH_VALIDATION, (0,)) as spool:
-        assert spool.sample is not None
-        tensors = decode(spool.sample, COLUMNS)
-    assert_rows(tensors["input_0"], tensors["label_0"], [1, 2])
 
 
 # ---- contiguous shards -----------------------------------------------------------------------------------------------
@@ -381,18 +369,18 @@ def test_facts_merge_in_any_order_and_with_nothing() -> None:
 
 
 def test_counts_of_rows_add_up() -> None:
-    parts = [Facts(dropped=2, rows=3), Facts({"input_0": 3}), Facts(dropped=5, rows=4, raw_bytes=6)]
+    parts = [Facts(dropped=2), Facts({"input_0": 3}), Facts(dropped=5)]
     merged = Facts()
     for part in parts:
         merged = merged.merge(part, COLUMNS)
-    assert merged == Facts({"input_0": 3}, dropped=7, rows=7, raw_bytes=6)
+    assert merged == Facts({"input_0": 3}, dropped=7)
 
 
 def test_facts_of_another_release_are_understood() -> None:
     assert Facts.of_json({"widths": {"input_0": 3}, "colour": "blue"}) == Facts({"input_0": 3})
 
 
-@pytest.mark.parametrize("facts", [Facts(), Facts({"input_0": 3}, (2, 4), '{"input_0": [1, 2, 3]}', 3, 4, 5)])
+@pytest.mark.parametrize("facts", [Facts(), Facts({"input_0": 3}, (2, 4), '{"input_0": [1, 2, 3]}', 3)])
 def test_facts_travel_as_json(facts: Facts) -> None:
     assert Facts.of_json(json.loads(json.dumps(facts.to_json()))) == facts
 
@@ -435,12 +423,6 @@ def test_values_that_cannot_be_trained_on_are_refused_while_spooling(batch: pa.R
         pass
 
 
-def test_the_window_is_as_many_rows_as_fit_its_bytes_and_at_least_one() -> None:
-    facts = Facts({"input_0": 3, "label_0": 1})  # 12 and 8 bytes
-    assert window_rows(COLUMNS, facts, 2000) == 100
-    assert window_rows(COLUMNS, facts, 1) == 1
-
-
 # ---- pieces of staged rows -------------------------------------------------------------------------------------------
 GROUPS = tuple(RowGroup(f"/staged/train/part-{number}", 0, 10) for number in range(4))
 
@@ -460,32 +442,6 @@ def test_rows_that_were_placed_stay_in_their_shards() -> None:
         ConfigError, match=r"^numShards=2, but the rows in /staged were placed in 3 shards.*numShards=3, or"
     ):
         staged.pieces(2)
-
-
-# ---- a sample of staged files ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scheme", ["", "file:", "file://"])
-def test_a_sample_is_the_first_rows_of_a_row_group(tmp_path: Path, scheme: str) -> None:
-    path = tmp_path / "staged.parquet"
-    write_staged(path, [range(5), range(5, 9)])
-    table = read_sample(RowGroup(f"{scheme}{path}", 1, 4), rows=3)
-    tensors = decode(table, COLUMNS)
-    assert_rows(tensors["input_0"], tensors["label_0"], [5, 6, 7])
-
-
-def test_a_sample_from_storage_that_this_executor_does_not_see_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "elsewhere.parquet"
-    with pytest.raises(DataError, match=rf"^{path} cannot be read by this executor: .*all executors share"):
-        read_sample(RowGroup(str(path), 0, 4))
-
-
-@pytest.mark.parametrize("damage", ["no parquet", "fewer row groups"])
-def test_a_sample_of_a_file_that_changed_is_an_error_with_its_name(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "changed.parquet"
-    write_staged(path, [range(5)])
-    if damage == "no parquet":
-        path.write_bytes(b"x" * 100)
-    with pytest.raises(DataError, match=rf"^{path} cannot be read by this executor"):
-        read_sample(RowGroup(str(path), 1, 4))
 
 
 # ---- file systems by URL ---------------------------------------------------------------------------------------------
@@ -529,7 +485,7 @@ def test_row_groups_can_be_written_and_read_through_any_file_system() -> None:
         files.write("none", table.slice(0, 0))
         files.write("part", table)
         assert files.close() == {"part": (RowGroup(url, 0, 20),)}
-    assert read_sample(RowGroup(url, 0, 20), 20)["a"].to_pylist() == 2 * list(range(10))
+    assert read_group(RowGroup(url, 0, 20))["a"].to_pylist() == 2 * list(range(10))
     with file_system.open_input_file(path) as source:
         assert pq.ParquetFile(source).metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
     file_system.delete_file(path)
