@@ -20,10 +20,10 @@ from sparkdl.config import Columns, Shuffle
 from sparkdl.errors import ConfigError
 from sparkdl.io.cache import Allocate, Cache, CachePlan
 from sparkdl.io.decode import Decoder, Layout
-from sparkdl.io.exchange import reshuffle
 from sparkdl.io.feed import RowMemory, ShardFeed, Standardise, Taken, WindowPool, gather, row_nbytes
 from sparkdl.io.petastorm import PlannedReader, select_piece
 from sparkdl.io.plan import Int64, Piece, ShardPlan, Window, plan_windows, shards_of
+from sparkdl.io.reshuffle import reshuffle
 
 __all__ = ["RankData", "Reading", "prefetched"]
 

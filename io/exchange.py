@@ -1,44 +1,45 @@
-"""Moving data between ranks: weights and files to all of them, rows and counts to the rank that owns them.
+"""Moving data between ranks: weights and rows to all of them, rows to the rank that is to have them.
 
 Every function is a collective of ``group`` (None: the default one): all its ranks call it, in the same order, and the
 ranks in arguments and results are those of the group. The ranks first compare what they were given, 32 bytes each, so
 that a mismatch is an error on all of them and not a hang. Nothing is pickled: tensors travel as their bytes, whatever
 their dtype, and text as JSON. What waits for a peer waits as long as the group's own timeout.
+
+`agree` and what gathers or exchanges bytes is there for `sparkdl.io.reshuffle` and `sparkdl.io.statistics` too.
 """
 
 import hashlib
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparkdl.errors import ConfigError, DataError
+from sparkdl.errors import ConfigError
 
 __all__ = [
-    "Moments",
+    "Group",
+    "Int64",
+    "Rows",
+    "agree",
     "all_gather_rows",
+    "all_to_all",
     "broadcast",
     "broadcast_state",
     "chain_broadcast",
     "chain_order",
-    "count_by_key",
-    "exchange_by_key",
     "exchange_rows",
-    "global_moments",
-    "global_vocabulary",
-    "reshuffle",
-    "share_file",
-    "splitmix64",
+    "fault_of_size",
+    "forms_of_fields",
+    "gather_numbers",
+    "gather_rows",
+    "gather_texts",
 ]
 
 Group = dist.ProcessGroup | None
@@ -73,7 +74,7 @@ def broadcast(tensors: Iterable[Tensor], src: int = 0, *, group: Group = None) -
         ConfigError: On all ranks, where their tensors differ in number, dtype or shape.
     """
     tensors = list(tensors)
-    _agree("broadcast", {"src": str(src), **_shapes(tensors)}, _fault_of_src(src, group), group)
+    agree("broadcast", {"src": str(src), **_shapes(tensors)}, _fault_of_src(src, group), group)
     pieces = _Pieces(tensors, BUCKET_BYTES, _device(group))
     own = dist.get_rank(group) == src
     for number in range(pieces.count):
@@ -124,14 +125,12 @@ def chain_broadcast(
         order = chain_order(hosts, src) if order is None else tuple(order)
         if sorted(order) != list(range(size)) or order[0] != src:
             fault = f"order={tuple(order)} is not that of a chain. Give each of the {size} ranks once, src={src} first."
-    fault = fault or _fault_of_size("chunk_bytes", chunk_bytes)
+    fault = fault or fault_of_size("chunk_bytes", chunk_bytes)
     forms = {"src": str(src), "order": str(order), "chunk_bytes": str(chunk_bytes), **_shapes(tensors)}
-    _agree("chain_broadcast", forms, fault, group)
+    agree("chain_broadcast", forms, fault, group)
     pieces = _Pieces(tensors, chunk_bytes, _device(group))
-    own = dist.get_rank(group) == src
-    first, put = (pieces.filled, _leave) if own else (pieces.empty, pieces.put)
-    _relay(order or (), first, put, pieces.count, group)
-    if not own:
+    _relay(order or (), pieces, group)
+    if dist.get_rank(group) != src:
         pieces.close()
 
 
@@ -166,62 +165,6 @@ def chain_order(hosts: Sequence[str], src: int) -> tuple[int, ...]:
     return tuple(sorted(range(len(hosts)), key=lambda rank: (first_rank[hosts[rank]], rank != src, rank)))
 
 
-def share_file(
-    source: BinaryIO | None,
-    sink: BinaryIO | None,
-    size: int,
-    src: int = 0,
-    *,
-    chunk_bytes: int = CHUNK_BYTES,
-    group: Group = None,
-) -> None:
-    """Hand a file on from rank ``src`` to every other rank by a chain, a few chunks in memory at a time.
-
-    Args:
-        source: What ``src`` reads; not looked at elsewhere.
-        sink: What the others write, and ``src`` too if it is not None there.
-        size: Bytes of the file.
-        src: Rank that has the file.
-        chunk_bytes: Size of one message.
-        group: The ranks that take part: one per host, where a host needs one copy.
-
-    Raises:
-        ConfigError: On all ranks, where ``src`` has no source or another rank no sink, or where sizes differ.
-        DataError: On all ranks, where the source ends early; what was written is filled up with zeros.
-    """
-    rank = dist.get_rank(group)
-    fault = _fault_of_src(src, group)
-    if rank == src and source is None:
-        fault = "it is to send the file and has none. Give it a source."
-    elif rank != src and sink is None:
-        fault = "it is to receive the file and has nothing to write it to. Give it a sink."
-    fault = fault or _fault_of_size("chunk_bytes", chunk_bytes)
-    _agree("share_file", {"src": str(src), "size": str(size), "chunk_bytes": str(chunk_bytes)}, fault, group)
-    device = _device(group)
-    have = 0
-
-    def read(number: int) -> Tensor:
-        nonlocal have
-        wanted = min(chunk_bytes, size - number * chunk_bytes)
-        data = bytearray(wanted)
-        end = 0
-        while rank == src and source is not None and end < wanted and (part := source.read(wanted - end)):
-            data[end : end + len(part)] = part
-            end += len(part)
-        have += end
-        return torch.frombuffer(data, dtype=torch.uint8).to(device)
-
-    def write(_number: int, chunk: Tensor) -> None:
-        if sink is not None:
-            sink.write(chunk.cpu().numpy().data)
-
-    order = chain_order([""] * dist.get_world_size(group), src)
-    _relay(order, read, write, -(-size // chunk_bytes), group)
-    found = int(_gather_numbers([have], group)[src, 0])
-    if found != size:
-        raise DataError(f"share_file: the file on rank {src} ended after {found} of {size} bytes. Give its true size.")
-
-
 # Rows.
 
 
@@ -231,9 +174,9 @@ def all_gather_rows(tensors: Mapping[str, Tensor], *, group: Group = None) -> Ro
     Raises:
         ConfigError: On all ranks, where their fields, dtypes or shapes of one row differ.
     """
-    _agree("all_gather_rows", _fields(tensors), _fault_of_rows(tensors), group)
-    counts = _gather_numbers([_num_rows(tensors)], group)[:, 0].tolist()
-    return {name: _gathered(tensors[name], counts, group) for name in sorted(tensors)}
+    agree("all_gather_rows", forms_of_fields(tensors), _fault_of_rows(tensors), group)
+    counts = gather_numbers([_num_rows(tensors)], group)[:, 0].tolist()
+    return {name: gather_rows(tensors[name], counts, group) for name in sorted(tensors)}
 
 
 def exchange_rows(
@@ -252,284 +195,38 @@ def exchange_rows(
         ConfigError: On all ranks, where fields, dtypes or shapes of one row differ between ranks, or a rank's
             destinations are not one rank of the group for each row.
     """
-    fault = _fault_of_size("chunk_rows", chunk_rows)
+    fault = fault_of_size("chunk_rows", chunk_rows)
     fault = fault or _fault_of_rows(rows) or _fault_of_index("destination", destination, rows)
     size = dist.get_world_size(group)
     if fault is None and len(destination) and not 0 <= int(destination.min()) <= int(destination.max()) < size:
         low, high = int(destination.min()), int(destination.max())
         fault = f"destinations lie between {low} and {high}, but there are {size} ranks. Use 0 to {size - 1}."
-    _agree("exchange_rows", {"chunk_rows": str(chunk_rows), **_fields(rows)}, fault, group)
+    agree("exchange_rows", {"chunk_rows": str(chunk_rows), **forms_of_fields(rows)}, fault, group)
     names = sorted(rows)
     ranks = destination.cpu().numpy().astype(np.int64)
     return dict(zip(names, _exchange([rows[name] for name in names], ranks, chunk_rows, group), strict=True))
 
 
-def exchange_by_key(
-    keys: Tensor, rows: Mapping[str, Tensor], *, chunk_rows: int | None = None, group: Group = None
-) -> tuple[Tensor, Rows]:
-    """Send all rows of one key to one rank, which is ``splitmix64(key) % world_size``.
-
-    Args:
-        keys: int64 of shape (rows,).
-        rows: As in `exchange_rows`.
-        chunk_rows: As in `exchange_rows`.
-        group: The ranks that take part.
-
-    Returns:
-        The keys and the rows that arrived, ordered by source rank, then by position there.
-
-    Raises:
-        ConfigError: As in `exchange_rows`.
-    """
-    fault = _fault_of_size("chunk_rows", chunk_rows)
-    fault = fault or _fault_of_rows(rows) or _fault_of_index("keys", keys, rows)
-    _agree("exchange_by_key", {"chunk_rows": str(chunk_rows), "keys": _form(keys), **_fields(rows)}, fault, group)
-    names = sorted(rows)
-    hashes = splitmix64(keys.cpu().numpy().astype(np.int64))
-    ranks = (hashes % np.uint64(dist.get_world_size(group))).astype(np.int64)
-    keys, *columns = _exchange([keys, *(rows[name] for name in names)], ranks, chunk_rows, group)
-    return keys, dict(zip(names, columns, strict=True))
-
-
-def reshuffle(
-    shards: Mapping[int, Mapping[str, Tensor]],
-    shard_rows: Sequence[int],
-    owned: Sequence[Sequence[int]],
-    *,
-    seed: int,
-    epoch: int,
-    chunk_rows: int | None = None,
-    group: Group = None,
-) -> dict[int, Rows]:
-    """Permute the rows of all shards over all shards, whose sizes stay; which rank holds a shard makes no difference.
-
-    Args:
-        shards: This rank's shards by number.
-        shard_rows: Rows of each shard, of all ranks.
-        owned: The shards of each rank.
-        seed: With ``epoch`` all that decides the permutation.
-        epoch: See ``seed``.
-        chunk_rows: As in `exchange_rows`.
-        group: The ranks that take part.
-
-    Returns:
-        The same shards with other rows: a rank holds its rows up to three times for a while, and two int64 for each
-        row of all shards.
-
-    Raises:
-        ConfigError: On all ranks, where a rank's shards are not those of ``owned`` and ``shard_rows``, or their fields,
-            dtypes or shapes of one row differ.
-    """
-    rank = dist.get_rank(group)
-    fault = _fault_of_size("chunk_rows", chunk_rows)
-    fault = fault or _fault_of_shards(shards, shard_rows, owned, rank, dist.get_world_size(group))
-    # A rank without shards learns from the others what a row is.
-    layouts = {name: [str(t.dtype)[6:], *t.shape[1:]] for name, t in next(iter(shards.values()), {}).items()}
-    gathered = [json.loads(text) for text in _gather_texts(json.dumps(layouts), group)]
-    if not shards:
-        layouts = next((layout for layout in gathered if layout), {})
-    forms = {"seed": str(seed), "epoch": str(epoch), "chunk_rows": str(chunk_rows), "shard_rows": str(list(shard_rows))}
-    forms["owned"] = str([list(numbers) for numbers in owned])
-    _agree("reshuffle", {**forms, **{f"field {name!r}": str(layouts[name]) for name in layouts}}, fault, group)
-
-    ends = np.cumsum(np.asarray(shard_rows, np.int64))
-    owner = np.empty(len(shard_rows), np.int64)
-    for holder, numbers in enumerate(owned):
-        owner[list(numbers)] = holder
-    total = int(ends[-1]) if len(ends) else 0
-    stream = np.random.SeedSequence(seed, spawn_key=(epoch,))
-    source = np.random.Generator(np.random.Philox(stream)).permutation(total)  # place j takes row source[j]
-    target = np.empty(total, np.int64)
-    target[source] = np.arange(total)
-
-    mine = sorted(shards)
-    sizes = [int(shard_rows[number]) for number in mine]
-    own = np.concatenate([np.empty(0, np.int64), *(np.arange(ends[n] - shard_rows[n], ends[n]) for n in mine)])
-    names = sorted(layouts)
-    columns = []
-    for name in names:
-        dtype, *shape = layouts[name]
-        none = torch.empty((0, *shape), dtype=getattr(torch, dtype))
-        columns.append(torch.cat([shards[number][name] for number in mine]) if mine else none)
-    arrived = _exchange(columns, owner[np.searchsorted(ends, target[own], side="right")], chunk_rows, group)
-    # Every rank sends in the order of row numbers, so what arrived k-th is known without being sent along.
-    wanted = source[own]
-    arrival = np.lexsort((wanted, owner[np.searchsorted(ends, wanted, side="right")]))
-    place = np.empty(len(own), np.int64)
-    place[arrival] = np.arange(len(own))
-    parts = torch.from_numpy(place).split(sizes)
-    return {
-        number: {name: rows.index_select(0, part.to(rows.device)) for name, rows in zip(names, arrived, strict=True)}
-        for number, part in zip(mine, parts, strict=True)
-    }
-
-
-def splitmix64(values: Int64) -> NDArray[np.uint64]:
-    """Mixes the bits of each value: the output function of SplitMix64.
-
-    Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with Stafford's mixer 13.
-    """
-    mixed = values.astype(np.uint64, copy=False) + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    hashes: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
-    return hashes
-
-
-# Counts and moments.
-
-
-def count_by_key(local: Mapping[Any, int], *, group: Group = None) -> dict[Any, int]:
-    """Counts of all ranks, summed by key: strings in alphabetical order after integers.
-
-    Each key's partial counts are summed on the one rank that owns the key's hash, and only the sums go to all ranks.
-
-    Raises:
-        ConfigError: On all ranks, where a key is neither a string nor an integer.
-    """
-    owned = _owned_counts("count_by_key", local, {}, None, group)
-    pairs = [pair for text in _gather_texts(json.dumps(list(owned.items())), group) for pair in json.loads(text)]
-    return dict(sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0])))
-
-
-def global_vocabulary(
-    values: Iterable[pa.Array], *, max_size: int | None = None, group: Group = None
-) -> tuple[str, ...]:
-    """The strings of all ranks, the most frequent first, those of one frequency in alphabetical order; nulls left out.
-
-    Args:
-        values: Arrays of strings, dictionaries of strings included, one in memory at a time.
-        max_size: How many to return at most; None: all.
-        group: The ranks that take part.
-
-    Raises:
-        ConfigError: On all ranks, where a rank's values are not strings, or ``max_size`` differs or is below 1.
-    """
-    counts: Counter[str] = Counter()
-    fault = _fault_of_size("max_size", max_size)
-    for array in values if fault is None else ():
-        kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            fault = f"its values are {array.type}. Give strings."
-            break
-        pairs = pc.value_counts(array)
-        counts.update(dict(zip(pairs.field("values").to_pylist(), pairs.field("counts").to_pylist(), strict=True)))
-    del counts[None]
-    owned = _owned_counts("global_vocabulary", counts, {"max_size": str(max_size)}, fault, group)
-    # Keys have one owner each: what is not among the first of its owner is not among the first of all.
-    texts = _gather_texts(json.dumps(_most_frequent(owned.items(), max_size)), group)
-    pairs = _most_frequent([pair for text in texts for pair in json.loads(text)], max_size)
-    return tuple(key for key, _ in pairs)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Moments:
-    """How many rows there were, and of each value the mean and the variance (of the rows: divided by their count).
-
-    Attributes:
-        count: Rows.
-        mean: float64 of shape (values,).
-        variance: float64 of shape (values,).
-    """
-
-    count: int
-    mean: Tensor
-    variance: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor) -> "Moments":
-        """Those of the rows of a tensor of shape (rows, values), in float64; zeros of no rows."""
-        if not len(rows):
-            return cls(0, rows.new_zeros(rows.shape[1:], dtype=torch.float64), rows.new_zeros(rows.shape[1:]).double())
-        variance, mean = torch.var_mean(rows.double(), 0, correction=0)
-        return cls(len(rows), mean, variance)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Those of the rows of both.
-
-        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
-        """
-        if not (self.count and other.count):
-            return self if self.count else other
-        count = self.count + other.count
-        share = other.count / count
-        delta = other.mean - self.mean
-        variance = self.variance * (1 - share) + other.variance * share + delta.square() * (share * (1 - share))
-        return Moments(count, self.mean + delta * share, variance)
-
-
-def global_moments(batches: Iterable[Tensor], *, group: Group = None) -> Moments:
-    """Moments of the rows of all ranks, equal to the last bit on all of them.
-
-    Every rank merges those of its batches, of shape (rows, values), and then those of all ranks in rank order.
-
-    Raises:
-        ConfigError: On all ranks, where the numbers of values differ, or a batch has not two dimensions.
-    """
-    own: Moments | None = None
-    fault = None
-    for batch in batches:
-        if batch.dim() != 2 or (own is not None and len(own.mean) != batch.shape[1]):
-            before = "" if own is None else f" after one of {len(own.mean)} values"
-            fault = f"it has a batch of shape {tuple(batch.shape)}{before}. Give all batches the shape (rows, values)."
-            break
-        moments = Moments.of(batch.detach().cpu())
-        own = moments if own is None else own.merge(moments)
-    num_values = -1 if own is None else len(own.mean)
-    widths: list[int] = _gather_numbers([num_values], group)[:, 0].tolist()
-    if num_values < 0:  # no batches: as many as on the others
-        num_values = next((width for width in widths if width >= 0), 0)  # no batches: takes that of the others
-    _agree("global_moments", {"the number of values": str(num_values)}, fault, group)
-    own = own or Moments.of(torch.empty(0, num_values))
-    counts = _gather_numbers([own.count], group)[:, 0].tolist()
-    each = _gathered(torch.stack([own.mean, own.variance])[None], [1] * len(counts), group)
-    merged = Moments(counts[0], each[0, 0], each[0, 1])
-    for count, (mean, variance) in zip(counts[1:], each[1:], strict=True):
-        merged = merged.merge(Moments(count, mean, variance))
-    return merged
-
-
-def _most_frequent(pairs: Iterable[tuple[str, int]], number: int | None) -> list[tuple[str, int]]:
-    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:number]
-
-
-def _owned_counts(
-    call: str, local: Mapping[Any, int], forms: Mapping[str, str], fault: str | None, group: Group
-) -> Counter[Any]:
-    """Send every key's count to the key's owner; the sums of the keys that this rank owns."""
-    for key in local:
-        if not isinstance(key, str | int) or isinstance(key, bool):
-            fault = f"it counts {key!r}, of {type(key).__name__}. Count strings or integers."
-            break
-    _agree(call, forms, fault, group)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    parts: list[list[tuple[Any, int]]] = [[] for _ in range(size)]
-    for key, count in local.items():
-        digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
-        parts[int.from_bytes(digest, "little") % size].append((key, int(count)))
-    data = [json.dumps(part).encode() for part in parts]
-    sent = [len(part) for part in data]
-    received: list[int] = _gather_numbers(sent, group)[:, rank].tolist()
-    arrived = _all_to_all(
-        torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8)[:, None], sent, received, group
-    )
-    owned: Counter[Any] = Counter()
-    for part in arrived.cpu().split(received):
-        for key, count in json.loads(part.numpy().tobytes()):
-            owned[key] += count
-    return owned
-
-
 # What the ranks were given, and whether it fits.
 
 
-def _agree(call: str, forms: Mapping[str, str], fault: str | None, group: Group) -> None:
-    """Raise on all ranks where one has a fault, or another form of anything than most have; else return on all."""
+def agree(call: str, forms: Mapping[str, str], fault: str | None, group: Group) -> None:
+    """Raise on all ranks where one has a fault, or another form of anything than most have; else return on all.
+
+    Args:
+        call: What the ranks have called, for the message.
+        forms: What must be the same on all ranks: text by its label.
+        fault: What is wrong with what this rank was given; None: nothing.
+        group: The ranks that take part.
+
+    Raises:
+        ConfigError: On all ranks: with the fault of the first rank that has one, or with the first label that differs.
+    """
     text = json.dumps([fault, forms], sort_keys=True)
-    digests = _gather_numbers(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int64).tolist(), group)
+    digests = gather_numbers(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int64).tolist(), group)
     if fault is None and bool((digests == digests[0]).all()):
         return
-    texts = _gather_texts(text, group)
+    texts = gather_texts(text, group)
     accounts = [json.loads(text) for text in texts]
     for rank, (found, _) in enumerate(accounts):
         if found is not None:
@@ -548,7 +245,8 @@ def _form(rows: Tensor) -> str:
     return f"{str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape[1:])}"
 
 
-def _fields(rows: Mapping[str, Tensor]) -> dict[str, str]:
+def forms_of_fields(rows: Mapping[str, Tensor]) -> dict[str, str]:
+    """The dtype of each field and the shape of one row of it, as `agree` compares them."""
     return {f"field {name!r}": _form(tensor) for name, tensor in rows.items()}
 
 
@@ -561,7 +259,8 @@ def _fault_of_src(src: int, group: Group) -> str | None:
     return None if 0 <= src < size else f"src={src}, but there are {size} ranks. Give one of 0 to {size - 1}."
 
 
-def _fault_of_size(name: str, value: int | None) -> str | None:
+def fault_of_size(name: str, value: int | None) -> str | None:
+    """What is wrong with a size: it is below 1."""
     return None if value is None or value > 0 else f"{name}={value}. Give at least 1."
 
 
@@ -578,26 +277,6 @@ def _fault_of_index(name: str, index: Tensor, rows: Mapping[str, Tensor]) -> str
         return None
     shape = f"{str(index.dtype).removeprefix('torch.')} {tuple(index.shape)}"
     return f"{name} is {shape} for {_num_rows(rows)} rows. Give one integer per row."
-
-
-def _fault_of_shards(
-    shards: Mapping[int, Mapping[str, Tensor]],
-    shard_rows: Sequence[int],
-    owned: Sequence[Sequence[int]],
-    rank: int,
-    size: int,
-) -> str | None:
-    if len(owned) != size or sorted(n for numbers in owned for n in numbers) != list(range(len(shard_rows))):
-        return f"owned={owned} does not deal {len(shard_rows)} shards to {size} ranks. Deal each of them once."
-    if set(shards) != set(owned[rank]):
-        return f"it has shards {sorted(shards)}, but owns {sorted(owned[rank])}. Give it the shards that it owns."
-    for number, rows in shards.items():
-        if any(not tensor.dim() or len(tensor) != shard_rows[number] for tensor in rows.values()):
-            found = {name: tuple(tensor.shape) for name, tensor in rows.items()}
-            return f"shard {number} has {shard_rows[number]} rows, but its fields are {found}. Give it all its rows."
-        if _fields(rows) != (usual := _fields(next(iter(shards.values())))):
-            return f"shard {number} has {_fields(rows)}, another {usual}. Give all shards the same fields."
-    return None
 
 
 # Below: bytes.
@@ -657,45 +336,28 @@ class _Pieces:
             tensor.copy_(copy)
 
 
-def _leave(_number: int, _buffer: Tensor) -> None:
-    """The first of a chain has what it sends."""
-
-
-def _relay(
-    order: Sequence[int],
-    buffer_of: Callable[[int], Tensor],
-    put: Callable[[int, Tensor], None],
-    count: int,
-    group: Group,
-) -> None:
-    """Hand ``count`` chunks along ``order``.
-
-    Args:
-        order: Ranks, the one that has the chunks first.
-        buffer_of: Gives the chunk of a number on the first rank, on the others the memory that it is received into.
-        put: Called with each number and its chunk.
-        count: Number of chunks.
-        group: The ranks that take part.
-    """
+def _relay(order: Sequence[int], pieces: _Pieces, group: Group) -> None:
+    """Hand the pieces of the first rank of ``order`` along it."""
     place = order.index(dist.get_rank(group))
     receiving: deque[tuple[Tensor, Any]] = deque()
     sending: deque[Any] = deque()
     asked = 0
-    for number in range(count):
+    for number in range(pieces.count):
         if place:
-            while asked < min(count, number + AHEAD):
-                buffer = buffer_of(asked)
+            while asked < min(pieces.count, number + AHEAD):
+                buffer = pieces.empty(asked)
                 receiving.append((buffer, dist.irecv(buffer, group=group, group_src=order[place - 1])))
                 asked += 1
             buffer, work = receiving.popleft()
             work.wait()
         else:
-            buffer = buffer_of(number)
+            buffer = pieces.filled(number)
         if place + 1 < len(order):
             sending.append(dist.isend(buffer, group=group, group_dst=order[place + 1]))
             if len(sending) > AHEAD:
                 sending.popleft().wait()
-        put(number, buffer)
+        if place:
+            pieces.put(number, buffer)
     for work in sending:
         work.wait()
 
@@ -705,7 +367,7 @@ def _exchange(columns: Sequence[Tensor], ranks: Int64, chunk_rows: int | None, g
     columns = [column.detach().contiguous() for column in columns]
     size = dist.get_world_size(group)
     order = np.argsort(ranks, kind="stable")
-    table = _gather_numbers(np.bincount(ranks, minlength=size).tolist(), group).numpy()  # [source, destination]
+    table = gather_numbers(np.bincount(ranks, minlength=size).tolist(), group).numpy()  # [source, destination]
     sent, received = table[dist.get_rank(group)], table[:, dist.get_rank(group)]
     first_sent, first_received = np.cumsum(sent) - sent, np.cumsum(received) - received
     width = sum(_bytes(column).shape[1] for column in columns)
@@ -717,7 +379,7 @@ def _exchange(columns: Sequence[Tensor], ranks: Int64, chunk_rows: int | None, g
         spans = zip(first_sent + done, outgoing, strict=True)
         picked = torch.from_numpy(np.concatenate([order[start : start + rows] for start, rows in spans]))
         packed = torch.cat([_bytes(column)[picked.to(column.device)].to(_device(group)) for column in columns], 1)
-        arrived = _all_to_all(packed, outgoing, incoming, group)
+        arrived = all_to_all(packed, outgoing, incoming, group)
         for start, part in zip(first_received + done, arrived.split(incoming), strict=True):
             begin = 0
             for result in results:
@@ -727,16 +389,23 @@ def _exchange(columns: Sequence[Tensor], ranks: Int64, chunk_rows: int | None, g
     return results
 
 
-def _all_to_all(data: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """Rows of bytes to and from every rank, ``sent[r]`` and ``received[r]`` of them, in rank order."""
+def all_to_all(data: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    """Rows of bytes to and from every rank r, ``sent[r]`` and ``received[r]`` of them, in rank order.
+
+    Args:
+        data: uint8 of shape (rows, bytes of one row), as is the result, which lies where tensors travel from.
+        sent: Rows to each rank.
+        received: Rows from each rank.
+        group: The ranks that take part.
+    """
     device = _device(group)
     result = torch.empty((sum(received), data.shape[1]), dtype=torch.uint8, device=device)
     dist.all_to_all_single(result, data.to(device), received, sent, group=group)
     return result
 
 
-def _gathered(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-    """The rows of all ranks, ``counts[r]`` of each; without padding, so the result is all the memory it takes."""
+def gather_rows(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """The rows of all ranks, ``counts[r]`` of rank r; without padding, so the result is all the memory it takes."""
     result = torch.empty((sum(counts), *rows.shape[1:]), dtype=rows.dtype, device=_device(group))
     works = []
     for rank, part in enumerate(result.split(list(counts))):
@@ -749,14 +418,15 @@ def _gathered(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     return result.to(rows.device)
 
 
-def _gather_texts(text: str, group: Group) -> list[str]:
+def gather_texts(text: str, group: Group) -> list[str]:
+    """The texts of all ranks, in rank order."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    counts = _gather_numbers([len(data)], group)[:, 0].tolist()
-    return [part.numpy().tobytes().decode() for part in _gathered(data, counts, group).split(counts)]
+    counts = gather_numbers([len(data)], group)[:, 0].tolist()
+    return [part.numpy().tobytes().decode() for part in gather_rows(data, counts, group).split(counts)]
 
 
-def _gather_numbers(numbers: Sequence[int], group: Group) -> Tensor:
-    """As many numbers of each rank, int64 of shape (ranks, numbers), on the CPU."""
+def gather_numbers(numbers: Sequence[int], group: Group) -> Tensor:
+    """The numbers of all ranks, as many of each: int64 of shape (ranks, numbers), on the CPU."""
     own = torch.tensor(numbers, dtype=torch.int64, device=_device(group))
     each = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(each, own, group=group)
