@@ -22,8 +22,9 @@ from sparkdl.io.cache import Allocate, Cache, CachePlan
 from sparkdl.io.decode import Decoder, Layout
 from sparkdl.io.feed import RowMemory, ShardFeed, Standardise, Taken, WindowPool, gather, row_nbytes
 from sparkdl.io.petastorm import PlannedReader, select_piece
-from sparkdl.io.plan import Int64, Piece, ShardPlan, Window, plan_windows, shards_of
+from sparkdl.io.plan import Piece, ShardPlan, plan_windows, shards_of
 from sparkdl.io.reshuffle import reshuffle
+from sparkdl.io.windows import Arena, ComingWindow
 
 __all__ = ["RankData", "Reading", "prefetched"]
 
@@ -114,7 +115,7 @@ class RankData:
     reshuffle_interval: int | None = None
     pin: bool = False
     fingerprint: str = ""
-    _arenas: dict[int, "_Arena"] = field(default_factory=dict, init=False, repr=False)
+    _arenas: dict[int, Arena] = field(default_factory=dict, init=False, repr=False)
     _position: tuple[int, int] = field(default=(0, 0), init=False)
     _reshuffled: int = field(default=0, init=False)
     _pool: WindowPool | None = field(default=None, init=False, repr=False)
@@ -223,7 +224,7 @@ class RankData:
         return batches
 
     def _open_windows(
-        self, coming: Sequence["_Coming"], epoch: int
+        self, coming: Sequence[ComingWindow], epoch: int
     ) -> contextlib.AbstractContextManager[Iterator[None]]:
         """A reader that brings the rows of windows to their places, one piece at a time."""
         items = [item for window in coming for item in window.items]
@@ -254,7 +255,7 @@ class RankData:
         share = max(1, self.plan.batch_size * len(self.dealt) // len(self.plan.shard_rows))
         return max(1, min(_GROUP_STEPS, _GROUP_BYTES // (share * row_nbytes(self.layout) or 1)))
 
-    def _coming(self, epoch: int, first: int) -> list["_Coming"]:
+    def _coming(self, epoch: int, first: int) -> list[ComingWindow]:
         """The windows of all dealt shards that steps from ``first`` on need, in the order in which they need them."""
         begin = self.plan.bounds(first, first)[0]
         found = []
@@ -266,7 +267,7 @@ class RankData:
             for window in windows:
                 skipped = max(0, int(begin[shard]) - window.offset)
                 if skipped < window.rows:
-                    found.append(_Coming(window.offset / rows, shard, window, skipped))
+                    found.append(ComingWindow(window.offset / rows, shard, window, skipped))
         found.sort(key=lambda one: (one.position, one.shard))
         if self._pool is None:
             largest = max((piece.rows for own in self.pieces.values() for piece in own), default=0)
@@ -309,7 +310,7 @@ class RankData:
         for shard in missing:
             assert memory is not None
             starts = np.cumsum([start] + [piece.rows for piece in self.pieces[shard]])
-            self._arenas[shard] = _Arena(memory, starts)
+            self._arenas[shard] = Arena(memory, starts)
             start = int(starts[-1])
 
     # ---- between ranks -----------------------------------------------------------------------------------------------
@@ -395,110 +396,6 @@ class _Group:
     sizes: list[int] = field(default_factory=list)
     taken: list[Taken] = field(default_factory=list)
     finished: list[Callable[[], None]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Arena:
-    """All rows of one shard, kept for every epoch.
-
-    Attributes:
-        memory: Where they lie, in file order; shared with the other shards that were dealt at the same time.
-        starts: Place of the first row of each piece.
-        filled: Pieces that are there.
-    """
-
-    memory: RowMemory
-    starts: Int64
-    filled: set[int] = field(default_factory=set)
-
-    def rows(self) -> Tensors:
-        """The rows of the shard, by field."""
-        part = slice(int(self.starts[0]), int(self.starts[-1]))
-        return {name: tensor[part] for name, tensor in self.memory.prepare().items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A piece that must be read, and where its rows go."""
-
-    key: tuple[int, int]
-    piece: Piece
-    memory: RowMemory
-    start: int
-
-    @property
-    def number(self) -> int:
-        """Which of its shard's pieces it is."""
-        return self.key[1]
-
-    def rows(self) -> Tensors:
-        """Where its rows lie."""
-        part = slice(self.start, self.start + self.piece.rows)
-        return {name: tensor[part] for name, tensor in self.memory.prepare().items()}
-
-
-@dataclass(slots=True)
-class _Coming:
-    """A window of one shard that the epoch will need.
-
-    Attributes:
-        position: Relative place of its first row in the shard: windows are read in this order.
-        shard: The shard.
-        window: The window.
-        skipped: Rows at its begin that were handed out in an earlier process.
-        memory: Where its rows go.
-        arena: Set where that is the shard's arena.
-        pool: Set where that memory is to be used again.
-        items: What must be read for it.
-    """
-
-    position: float
-    shard: int
-    window: Window
-    skipped: int
-    memory: RowMemory = field(init=False)
-    arena: _Arena | None = None
-    pool: WindowPool | None = None
-    items: list[_Item] = field(default_factory=list)
-
-    def find_items(self, pieces: Sequence[Piece]) -> None:
-        """The pieces to read, in order."""
-        start = 0
-        for number in self.window.pieces:
-            if self.arena is None or number not in self.arena.filled:
-                place = start if self.arena is None else int(self.arena.starts[number])
-                self.items.append(_Item((self.shard, number), pieces[number], self.memory, place))
-            start += pieces[number].rows
-
-    def fill(self, reader: Iterator[None]) -> None:
-        """Wait until all pieces are there."""
-        for item in self.items:
-            next(reader)
-            if self.arena is not None:
-                self.arena.filled.add(item.number)
-
-    def add_to(self, feed: ShardFeed) -> None:
-        """Hand the rows to their shard's feed."""
-        tensors = self.memory.prepare()
-        order = torch.from_numpy(self.order()).to(next(iter(tensors.values())).device)
-        feed.add(tensors, order, self.release)
-
-    def release(self) -> None:
-        """Let go of the memory, unless it is kept."""
-        if self.pool is not None:
-            self.pool.give_back(self.memory.tensors)
-
-    def order(self) -> Int64:
-        """Places of the window's rows in its memory, in the order of the epoch; shape (rows - skipped,)."""
-        order = self.window.order()[self.skipped :]
-        if self.arena is None:
-            return order
-        numbers = list(self.window.pieces)
-        starts = self.arena.starts
-        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-            return order + starts[numbers[0]] if starts[numbers[0]] else order
-        places = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in numbers])
-        return places[order]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,16 @@ from sparkdl.errors import ConfigError, DataError
 from sparkdl.io.plan import Piece
 from sparkdl.io.schema import convert, decode
 
-__all__ = ["Decoder", "Layout", "Transform", "Values", "apply_transform", "draws_random_numbers", "layout_of", "stacked"]
+__all__ = [
+    "Decoder",
+    "Layout",
+    "Transform",
+    "Values",
+    "apply_transform",
+    "draws_random_numbers",
+    "layout_of",
+    "stacked",
+]
 
 Values = Mapping[str, Tensor | tuple[Tensor, ...]]
 """By staged field name: a tensor of shape (rows, ...), or the columns that make up one, each of shape (rows,)."""

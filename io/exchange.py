@@ -25,7 +25,6 @@ from sparkdl.errors import ConfigError
 
 __all__ = [
     "Group",
-    "Int64",
     "Rows",
     "agree",
     "all_gather_rows",

@@ -315,11 +315,13 @@ def _leaves_by_column(schema: pa.Schema) -> dict[str, list[int]]:
             return count(kind.storage_type)
         if pa.types.is_dictionary(kind):
             return count(kind.value_type)
+        if pa.types.is_map(kind):
+            return count(kind.key_type) + count(kind.item_type)
         return sum(count(kind.field(number).type) for number in range(kind.num_fields)) or 1
 
     found, first = {}, 0
     for one in schema:
-        leaves = 2 if pa.types.is_map(one.type) else count(one.type)
+        leaves = count(one.type)
         found[one.name] = list(range(first, first + leaves))
         first += leaves
     return found

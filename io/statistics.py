@@ -9,17 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sparkdl.io.exchange import (
     Group,
-    Int64,
     agree,
     all_to_all,
     fault_of_size,
@@ -28,19 +25,7 @@ from sparkdl.io.exchange import (
     gather_texts,
 )
 
-__all__ = ["Moments", "global_moments", "global_vocabulary", "splitmix64"]
-
-
-def splitmix64(values: Int64) -> NDArray[np.uint64]:
-    """Mixes the bits of each value: the output function of SplitMix64.
-
-    Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with Stafford's mixer 13.
-    """
-    mixed = values.astype(np.uint64, copy=False) + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    hashes: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
-    return hashes
+__all__ = ["Moments", "global_moments", "global_vocabulary"]
 
 
 def global_vocabulary(

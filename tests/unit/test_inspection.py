@@ -110,6 +110,20 @@ def test_nulls_are_counted_over_all_files(tmp_path: Path, statistics: bool) -> N
     assert len(read_rows(found, COLUMNS, inspect_locally(found, COLUMNS))) == 8
 
 
+@pytest.mark.parametrize(
+    "item", [pa.int64(), pa.struct([("a", pa.int64()), ("b", pa.int64())]), pa.map_(pa.string(), pa.int64())]
+)
+def test_nulls_are_found_behind_columns_of_many_leaves(tmp_path: Path, item: pa.DataType) -> None:
+    """Statistics are kept by leaf: a map of structs before the column must not shift the count."""
+    full = {"x": pa.array([1.0, 2.0], pa.float32()), "id": [1, 2]}
+    maps = pa.array([[], []], pa.map_(pa.string(), item))
+    write(tmp_path / "a.parquet", {"maps": maps, **full})
+    assert sum(group.rows for group in inspect_locally(discovered(tmp_path), COLUMNS).train) == 2
+    write(tmp_path / "a.parquet", {"maps": maps, **full, "x": pa.array([1.0, None], pa.float32())})
+    with pytest.raises(DataError, match=r"'x' is null in 1 rows"):
+        inspect_locally(discovered(tmp_path), COLUMNS)
+
+
 def test_a_null_folder_is_a_null(tmp_path: Path) -> None:
     write(tmp_path / "day=1" / "a.parquet", numbers(0, 4))
     write(tmp_path / "day=__HIVE_DEFAULT_PARTITION__" / "a.parquet", numbers(0, 4))

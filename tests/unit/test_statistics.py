@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparkdl.io.statistics import Moments, splitmix64
+from sparkdl.io.statistics import Moments
 
 values = st.lists(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2), max_size=12)
 
@@ -29,15 +29,3 @@ def test_merged_moments_are_those_of_all_rows(parts):
 def test_moments_of_large_integers_do_not_overflow():
     moments = Moments.of(torch.tensor([[2**31 - 1], [2**31 - 3]], dtype=torch.int32))
     assert (moments.mean.item(), moments.variance.item()) == (2**31 - 2, 1)
-
-
-def test_splitmix64_is_the_published_sequence():
-    # The first three outputs of the generator from seed 0: its state grows by the golden gamma.
-    gamma = 0x9E3779B97F4A7C15
-    states = np.array([0, gamma, 2 * gamma % 2**64], np.uint64).view(np.int64)
-    assert splitmix64(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-
-
-def test_splitmix64_spreads_keys_that_follow_each_other():
-    shares = np.bincount((splitmix64(np.arange(0, 80_000, 8)) % np.uint64(8)).astype(int), minlength=8)
-    assert shares.min() > 1100  # 1250 on average
