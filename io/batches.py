@@ -30,7 +30,7 @@ __all__ = ["RankData", "Reading", "prefetched"]
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
-_GROUP_STEPS, _GROUP_BYTES = 16, 1 << 20  # batches that are gathered at once, and their size
+_GROUP_STEPS, _GROUP_BYTES = 16, 2 << 20  # batches that are gathered at once, and their size
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +235,7 @@ class RankData:
         def place(table: pa.Table, number: int) -> None:
             item = items[number]
             item.memory.write(item.start, self.decoder(table, item.piece, epoch))
+            self.decoder.check(table, item.rows())
             if store is not None:
                 store.put(item.key, item.rows())
 
@@ -356,6 +357,7 @@ class RankData:
             pool = WindowPool(self.layout, 0)
             memory = RowMemory(table.num_rows, self.layout, pool.allocate, names, self.standardise)
             memory.write(0, self.decoder(table, self.validation[number]))
+            self.decoder.check(table, memory.tensors)
             return memory.tensors
 
         with self.reading.open(self.validation, place, validation=True) as reader:

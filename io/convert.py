@@ -8,6 +8,7 @@ import bisect
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,13 +33,17 @@ _overflow_is_seen = np.errstate(over="ignore", invalid="ignore")
 
 
 @_overflow_is_seen
-def convert(table: pa.Table, columns: Columns, widths: Mapping[str, int] | None = None) -> dict[str, Value]:
+def convert(
+    table: pa.Table, columns: Columns, widths: Mapping[str, int] | None = None, *, parts_checked: bool = True
+) -> dict[str, Value]:
     """The columns of Parquet that is read in place, as tensors: views of Arrow's memory where the type allows.
 
     Args:
         table: Columns under the user's names, with Arrow's own types; of assembled columns, their parts.
         columns: What they are.
         widths: Values per row of each column by staged name, where known.
+        parts_checked: False leaves it to the caller to look for NaN and infinity among the parts of assembled columns,
+            which costs less once they are put together.
 
     Returns:
         By staged name: a tensor in the column's dtype; for an assembled column the parts, floating ones in their own
@@ -54,7 +59,8 @@ def convert(table: pa.Table, columns: Columns, widths: Mapping[str, int] | None 
             values[column.field] = raw_array(whole(table.column(column.name)), column, table)
         elif column.kind == "assembled" and not column.shape:
             parts = [(name, whole(table.column(name))) for name in column.parts]
-            values[column.field] = tuple(_tensor(_part(array, name, column, table)) for name, array in parts)
+            read_as = column if parts_checked else replace(column, validity="any")
+            values[column.field] = tuple(_tensor(_part(array, name, read_as, table)) for name, array in parts)
         else:
             if column.kind == "assembled":
                 array = pa.StructArray.from_arrays([whole(table.column(name)) for name in column.parts], column.parts)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,10 @@ class Decoder:
         Raises:
             DataError: Rows that cannot be trained on, or a transform that failed on them.
         """
-        values: dict[str, Any] = (convert if self.native else decode)(table, self.columns)
+        if not self.native:
+            values: dict[str, Any] = decode(table, self.columns)
+        else:
+            values = convert(table, self.columns, parts_checked=self.transform is not None)
         if self.transform is None:
             return values
         generator = _generator(self.seed, epoch, piece) if self.is_random else None
@@ -78,6 +82,23 @@ class Decoder:
         given = {names[field]: value for field, value in stacked(values, self.columns).items()}
         made = apply_transform(self.transform, given, table.num_rows, generator)
         return {field: made[name] for field, name in names.items()}
+
+    def check(self, table: pa.Table, written: Mapping[str, Tensor]) -> None:
+        """Look for NaN and infinity in what was put together of parts, at the cost of a sum where there are none.
+
+        Args:
+            table: The rows as they were read.
+            written: The same rows in memory, by field.
+
+        Raises:
+            DataError: As `sparkdl.io.convert.convert`.
+        """
+        if not self.native or self.transform is not None:
+            return
+        for column in self.columns:
+            rows = written[column.field]
+            if column.kind == "assembled" and rows.is_floating_point() and not math.isfinite(float(rows.sum())):
+                convert(table, Columns((column,), ()))
 
 
 def apply_transform(
