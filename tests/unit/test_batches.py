@@ -614,3 +614,54 @@ def test_rows_sorted_by_label_are_mixed_as_by_a_full_shuffle(tmp_path: Path) -> 
     assert spread["full"] < 0.05
     assert spread["window"] < 3 * spread["full"] + 0.05
     assert spread["none"] > 2 * spread["full"]
+
+
+# ---- Parquet with columns of its own ---------------------------------------------------------------------------------
+ASSEMBLED = Columns(
+    inputs=(Column("abc", "input_0", "assembled", "float32", parts=("a", "b", "c")),),
+    labels=(Column("id", "label_0", "scalar", "int64", flat=True),),
+)
+
+
+def native_data(path: Path, a: Sequence[float], cache: CacheTier = "none") -> RankData:
+    rows = len(a)
+    table = pa.table(
+        {
+            "a": pa.array(a, pa.float64()),
+            "b": pa.array(np.arange(rows) / 2, pa.float32()),
+            "c": pa.array(np.arange(rows), pa.int32()),
+            "id": np.arange(rows),
+        }
+    )
+    pq.write_table(table, path, row_group_size=7)
+    groups = [RowGroup(str(path), index, min(7, rows - 7 * index)) for index in range(-(-rows // 7))]
+    return replace(
+        rank_data(groups, num_shards=2, batch_size=5, window=10, cache=cache, validation=groups),
+        decoder=Decoder(ASSEMBLED, native=True),
+        layout={"input_0": ("float32", (3,)), "label_0": ("int64", ())},
+        reading=Reading(["a", "b", "c", "id"], threads=2),
+    )
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_parts_of_a_column_are_put_together(tmp_path: Path, cache: CacheTier) -> None:
+    data = native_data(tmp_path / "parts.parquet", np.linspace(-1, 1, 40).tolist(), cache)
+    with data.open_validation(6) as batches:
+        validation = list(batches)
+    for read in (epoch_of(data, 0), epoch_of(data, 1), validation):
+        ids = torch.cat([batch.labels[0] for batch in read])
+        assert sorted(ids.tolist()) == list(range(40))
+        expected = torch.stack([torch.linspace(-1, 1, 40, dtype=torch.float64)[ids], ids / 2, ids], 1).float()
+        torch.testing.assert_close(torch.cat([batch.inputs[0] for batch in read]), expected)
+
+
+def test_a_part_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    values = [0.5] * 40
+    # Their sum is infinite, and each of them is not.
+    assert sum(batch.rows for batch in epoch_of(native_data(tmp_path / "large.parquet", [3e38] * 40))) == 40
+    values[17] = float("nan")
+    data = native_data(tmp_path / "nan.parquet", values)
+    with pytest.raises(DataError, match=r"'a' is NaN or infinite in 1 of 7 rows"):
+        epoch_of(data)
+    with data.open_validation(6) as batches, pytest.raises(DataError, match=r"'a' is NaN or infinite in 1 of 7 rows"):
+        list(batches)
