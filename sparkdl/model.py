@@ -22,6 +22,7 @@ from torch import nn
 from sparkdl.config import Column, Columns, Device
 from sparkdl.errors import ConfigError
 from sparkdl.io.decode import Transform
+from sparkdl.io.resolve import TypedColumns
 from sparkdl.io.schema import resolve_column, select_expressions
 from sparkdl.params import (
     COLUMN_RULES,
@@ -374,7 +375,7 @@ class TorchModel(_TorchModel, EstimatorColumns):
         return Outputs(fields, kinds), {name: ArrayType(FloatType()) for name in named}
 
 
-def check_outputs(dataset: "DataFrame", names: list[str]) -> None:
+def check_outputs(dataset: TypedColumns, names: list[str]) -> None:
     """Refuse output columns that exist already or are named twice.
 
     Raises:

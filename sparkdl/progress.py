@@ -55,6 +55,7 @@ class Progress:
                 event["shards"],
                 event["steps"],
             )
+            logger.info("kept for later epochs: %s", event["cache"])
             if self._shown:
                 self._bar = tqdm(total=event["epochs"] * event["steps"], unit="step", dynamic_ncols=True)
         elif kind == "step":

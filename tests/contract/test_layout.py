@@ -26,7 +26,7 @@ PACKAGES = {
 
 # Top row first. A name covers the module and all modules below it.
 LAYERS = (
-    ("estimator", "model", "params", "persistence"),
+    ("estimator", "fitting", "checks", "model", "params", "persistence"),
     ("task", "source", "predict"),
     ("trainer",),
     ("parallel", "objective", "optimizer", "serialization", "progress"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,29 @@ def test_parquet_on_s3_is_trained_on_in_place(spark: SparkSession, s3_server: S3
         census(60).fit(replace(dataset, url=f"s3a://{s3_server.bucket}/nothing"))
     assert "nothing" in str(refused.value)
     assert secret not in str(refused.value)
+
+
+def test_a_file_that_is_cut_short_while_ranks_train_is_named(spark: SparkSession, tmp_path: Path) -> None:
+    for number in range(2):
+        rows = pa.table({"x": np.arange(20.0) + 20 * number, "label": np.zeros(20)})
+        pq.write_table(rows, tmp_path / f"{number}.parquet", row_group_size=5)
+    files, calls = [str(tmp_path / f"{number}.parquet") for number in range(2)], tmp_path / "_calls"
+
+    def cut_short(columns: dict[str, Any]) -> dict[str, Any]:
+        """At the sixth call the ranks have read their first rows, joined and begun."""
+        with calls.open("ab") as file:
+            file.write(b".")
+        if calls.stat().st_size == 6:
+            for path in files:
+                os.truncate(path, 50)
+        return columns
+
+    regressor = TorchRegressor(
+        module=nn.Linear(1, 1), featuresCol="x", transform=cut_short, cache="none", batchSize=4, numTrainWorkers=2,
+        verbose=False, maxEpochs=50,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"Row group \d of \S*/[01]\.parquet cannot be read: .*fit again"):
+        regressor.fit(ParquetDataset(str(tmp_path)))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+"""What can be known to be wrong with a fit from its settings and its module alone, before anything runs."""
+
+import copy
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import nn
+
+from sparkdl.config import CacheTier, Device, Partitioning, Shuffle, TrainConfig
+from sparkdl.errors import ConfigError
+from sparkdl.io.plan import ShardPlan
+from sparkdl.params import camel_case
+
+__all__ = ["build_module", "check_config", "floating_dtype"]
+
+_CHOICES = {
+    "shuffle": get_args(Shuffle),
+    "device": get_args(Device),
+    "cache": get_args(CacheTier),
+    "partitioning": (None, *get_args(Partitioning)),
+}
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse settings that make no sense, whatever the rows are.
+
+    Raises:
+        ConfigError: The first that does not.
+    """
+    least = {
+        "max_epochs": 1,
+        "batch_size": 1,
+        "num_train_workers": 1,
+        "micro_batch_size": 1,
+        "num_shards": 1,
+        "seed": 0,
+        "reshuffle_interval": 1,
+        "cache_bytes": 0,
+        "reader_threads": 1,
+    }
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ConfigError(f"{camel_case(name)}={value} is too small. Use {bound} or more.")
+    for name, known in _CHOICES.items():
+        if getattr(config, name) not in known:
+            names = ", ".join(choice for choice in known if choice is not None)
+            raise ConfigError(f"{name}={getattr(config, name)!r} is not known. Use one of {names}.")
+    staging = config.staging_dir
+    if staging is not None and not staging.startswith("/") and ":" not in staging:
+        raise ConfigError(
+            f"stagingDir={staging!r} is relative, but every executor has a working directory of its own. Use an "
+            "absolute path or a URL that all executors reach."
+        )
+    shards = config.num_shards or config.num_train_workers
+    if shards < config.num_train_workers:
+        raise ConfigError(
+            f"numTrainWorkers={config.num_train_workers} is more than numShards={shards}: some ranks would have "
+            f"nothing to read. Use numShards >= {config.num_train_workers}, best a multiple of it."
+        )
+    ShardPlan((0,) * shards, config.batch_size)
+    for needs, reason in (
+        (config.shuffle == "full", "shuffle='full' permutes all rows of a shard"),
+        (config.reshuffle_interval is not None, f"reshuffleInterval={config.reshuffle_interval} exchanges all rows"),
+    ):
+        if needs and config.cache == "none":
+            raise ConfigError(f"{reason}, which takes a cache that holds them, but cache='none'. Use cache='auto'.")
+    if config.reshuffle_interval is not None and config.balance_shards:
+        raise ConfigError(
+            f"reshuffleInterval={config.reshuffle_interval} and balanceShards=True exclude each other: a shard that "
+            "changes its rank is read again from its files, which know nothing of the exchange. Use one of them."
+        )
+    if config.partition_key_col is not None and config.partitioning != "key":
+        raise ConfigError(
+            f"partitionKeyCol={config.partition_key_col!r} is set, but partitioning={config.partitioning!r}. Use "
+            "partitioning='key'."
+        )
+    if config.partitioning == "key" and config.partition_key_col is None:
+        raise ConfigError("partitioning='key' needs partitionKeyCol, the column whose equal values stay together.")
+
+
+def build_module(module: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A module of our own: a copy of the caller's, or what the caller's function makes under the seed.
+
+    Raises:
+        ConfigError: There is no module to be had, or nothing in it to train.
+    """
+    if isinstance(module, nn.Module):
+        try:
+            made = copy.deepcopy(module)
+        except Exception as error:
+            raise ConfigError(
+                f"The module {type(module).__name__} cannot be copied: {error}. It must be picklable to travel to the "
+                "executors; keep locks, sockets and open files out of it."
+            ) from error
+    else:
+        if not callable(module):
+            raise ConfigError(f"module={module!r} is neither an nn.Module nor a function that returns one.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = module()
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"The function given as module returned {made!r}, not an nn.Module.")
+    if not any(parameter.requires_grad for parameter in made.parameters()):
+        raise ConfigError(f"The module {type(made).__name__} has no parameter that could be trained.")
+    return made.train()
+
+
+def floating_dtype(module: nn.Module) -> str:
+    """Name of the dtype that the module computes in."""
+    for parameter in module.parameters():
+        if parameter.dtype in (torch.float32, torch.float64):
+            return str(parameter.dtype).removeprefix("torch.")
+    return "float32"

@@ -1,0 +1,341 @@
+"""What the Estimators have in common: checks before the first job, one way to open the rows, one fit, one model."""
+
+import contextlib
+import functools
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pyspark.errors import PySparkRuntimeError
+from pyspark.ml import Estimator
+from pyspark.ml.util import MLReadable, MLWritable
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+from torch import nn
+
+from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
+from sparkdl.barrier.preflight import check_executor_python, check_slots
+from sparkdl.checks import build_module, check_config, floating_dtype
+from sparkdl.config import Column, Columns, RunSpec, TrainConfig
+from sparkdl.errors import ConfigError, DataError
+from sparkdl.io.dataset import DiscoveredDataset, ParquetDataset, discover
+from sparkdl.io.deal import check_partitioning, deal_rows
+from sparkdl.io.decode import Transform, draws_random_numbers
+from sparkdl.io.in_place import InPlace, in_place
+from sparkdl.io.inspection import inspect_dataset
+from sparkdl.io.resolve import TypedColumns
+from sparkdl.io.schema import ColumnRules, check_rules, resolve_column
+from sparkdl.io.stage import StagedDataset, remove_staged, stage_dataset
+from sparkdl.model import (
+    Fitted,
+    TorchClassificationModel,
+    TorchModel,
+    TorchRegressionModel,
+    TrainingSummary,
+    check_outputs,
+    copy_params,
+    fitted_copy,
+)
+from sparkdl.objective import Objective, build_loss
+from sparkdl.optimizer import OptimizerRecipe
+from sparkdl.params import (
+    TrainParams,
+    column_rules,
+    rules_of_targets,
+)
+from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
+from sparkdl.progress import Progress
+from sparkdl.serialization import load_weights
+from sparkdl.task import RankResult, has_lazy_parts, materialise, run_rank
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    Rows = DataFrame | DiscoveredDataset
+
+__all__ = ["TorchTrainer"]
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", TorchClassificationModel, TorchRegressionModel, TorchModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A fit that was found possible.
+
+    Attributes:
+        rows: What to train on.
+        columns: What to read of it.
+        module: A module of our own.
+        objective: The loss.
+        recipe: The optimizer.
+        transform: The user's function on columns.
+        assemble: Parts of assembled columns.
+    """
+
+    rows: "Rows"
+    columns: Columns
+    module: nn.Module
+    objective: Objective
+    recipe: OptimizerRecipe
+    transform: Transform | None
+    assemble: Mapping[str, tuple[str, ...]]
+
+
+class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any], Generic[M]):
+    """Common to all Estimators: checks before the first job, one fit, one way to be saved."""
+
+    _model_class: ClassVar[type[Any]]
+    _input_kwargs: dict[str, Any]  # set by keyword_only
+    _binary: ClassVar[bool] = False
+
+    def fit(self, dataset: "DataFrame | ParquetDataset", params: Any = None) -> Any:
+        """Train.
+
+        Args:
+            dataset: A DataFrame, or Parquet files that are read in place.
+            params: As in `pyspark.ml.Estimator.fit`.
+
+        Returns:
+            The fitted model, or a list of them for a list of param maps.
+
+        Raises:
+            SparkdlError: What was asked cannot be, the rows cannot be trained on, or a rank failed.
+        """
+        return super().fit(dataset, params)  # type: ignore[arg-type]
+
+    def _fit(self, dataset: "DataFrame | ParquetDataset") -> M:
+        started = time.perf_counter()
+        config = self._checked_config()
+        if isinstance(dataset, ParquetDataset):
+            spark = _active_session()
+            job = self._checked(discover(spark, dataset), config)
+        else:
+            spark = dataset.sparkSession
+            job = self._checked(dataset, config)
+        slots = check_slots(spark, config.num_train_workers)
+        if slots is not None:
+            logger.info("numTrainWorkers: %d of %d slots used", config.num_train_workers, slots)
+        payload = dumps((job.module, job.objective, job.recipe, job.transform), "module, loss, optimizer and transform")
+        check_executor_python(spark)
+
+        thresholds = self._value("thresholds") if self.hasParam("thresholds") else None
+        spec = RunSpec(
+            run_id=new_run_id(),
+            config=config,
+            columns=job.columns,
+            payload=payload,
+            thresholds=None if thresholds is None else len(thresholds),
+        )
+        progress = Progress(shown=config.verbose)
+        with contextlib.ExitStack() as stack:
+            source, staged, native = self._open_rows(stack, job.rows, spec, spark)
+            stack.enter_context(progress)
+            chunks = launch_stage(
+                source,
+                functools.partial(run_rank, spec, staged, native),
+                world_size=config.num_train_workers,
+                run_id=spec.run_id,
+                on_event=progress,
+            )
+        if not all(chunks):  # Spark sees that a plan has no rows, and starts no tasks for it
+            raise DataError("The DataFrame has no rows to train on. Check the filters and joins before fit.")
+        results = [RankResult.of_chunks(found) for found in chunks]
+        return self._model(job, spec, staged is not None, results, time.perf_counter() - started)
+
+    def _open_rows(
+        self,
+        stack: contextlib.ExitStack,
+        rows: "DataFrame | DiscoveredDataset",
+        spec: RunSpec,
+        spark: SparkSession,
+    ) -> "tuple[DataFrame, StagedDataset | None, InPlace | None]":
+        """What feeds the ranks: a DataFrame of one partition each, and what they must know to read by themselves."""
+        config, ranks = spec.config, spec.config.num_train_workers
+        if isinstance(rows, DiscoveredDataset):
+            staged = inspect_dataset(spark, rows, spec.columns)
+            return _one_row_per_rank(spark, ranks), staged, in_place(rows, spec.columns)
+        dealing: dict[str, Any] = {"num_shards": spec.num_shards, "key": config.partition_key_col, "seed": config.seed}
+        if config.staging_dir is None:
+            partitioning = config.partitioning or "sample"
+            dealt = deal_rows(rows, spec.columns, world_size=ranks, partitioning=partitioning, **dealing)
+            return dealt, None, None
+        directory = f"{config.staging_dir.rstrip('/')}/{spec.run_id}"
+        stack.callback(remove_staged, rows, directory)
+        partitioning = config.partitioning or "batch"
+        staged = stage_dataset(rows, spec.columns, directory, partitioning=partitioning, **dealing)
+        return _one_row_per_rank(spark, ranks), staged, None
+
+    def _model(self, job: "Job", spec: RunSpec, staged: bool, results: Sequence[RankResult], seconds: float) -> M:
+        first, module = results[0], job.module
+        if has_lazy_parts(module):
+            materialise(module, first.inputs)
+        load_weights(module, first.weights)
+        model = self._model_class()
+        model._resetUid(self.uid)
+        copy_params(self, model)
+        if first.vocabularies:
+            model._set(vocabularies={**(self._value("vocabularies") or {}), **first.vocabularies})
+        history = first.history
+        model._fitted = Fitted(
+            module=fitted_copy(module),
+            floating=floating_dtype(module),
+            shapes=tuple(tuple(shape) for _, shape in first.inputs),
+            outputs=first.outputs,
+            transform=job.transform,
+            assemble=job.assemble,
+            moments=first.moments,
+            history=history,
+            summary=TrainingSummary(
+                objectiveHistory=tuple(record["loss"] for record in history),
+                totalIterations=history[-1]["step"] if history else 0,
+                worldSize=len(results),
+                numShards=spec.num_shards,
+                device=first.device,
+                backend="nccl" if first.device.startswith("cuda") else "gloo",
+                threads=first.threads,
+                rows=sum(result.rows for result in results),
+                droppedRows=first.dropped,
+                rankRows=tuple(result.rows for result in results),
+                rankShards=tuple(tuple(result.shards) for result in results),
+                cache=first.cache,
+                staged=staged,
+                seconds=seconds,
+            ),
+        )
+        return model  # type: ignore[no-any-return]
+
+    # ---- checks before any job ---------------------------------------------------------------------------------------
+    def _checked_config(self) -> TrainConfig:
+        """The settings that make sense whatever the rows are.
+
+        Raises:
+            ConfigError: The first that does not.
+        """
+        config = self.train_config()
+        check_config(config)
+        return config
+
+    def _checked(self, dataset: "Rows", config: TrainConfig) -> "Job":
+        """Everything else that can be known to be wrong without a job.
+
+        Raises:
+            ConfigError: The first thing that is.
+        """
+        if self._value("module") is None:
+            raise ConfigError(f"{type(self).__name__} needs a module: an nn.Module, or a function that returns one.")
+        if self._value("loss") is None:
+            raise ConfigError(f"{type(self).__name__} needs a loss: a name, a torch loss module or a function.")
+        loss = build_loss(self._value("loss"))
+        self._check_loss(loss)
+        recipe = OptimizerRecipe(
+            self._value("optimizer"), self._value("learningRate"), self._value("optimizerParams") or {}
+        )
+        transform = self._value("transform")
+        if transform is not None and not callable(transform):
+            raise ConfigError(f"transform={transform!r} is not a function. Give one from a dict of columns to a dict.")
+        if transform is not None and draws_random_numbers(transform) and config.cache not in ("auto", "none"):
+            raise ConfigError(
+                f"cache={config.cache!r} would keep what the transform drew in the first epoch. Use cache='none', or a "
+                "transform without a generator."
+            )
+        module = build_module(self._value("module"), config.seed)
+        assemble = dataset.assemble if isinstance(dataset, DiscoveredDataset) else {}
+        columns = self._columns(dataset, floating_dtype(module), loss, assemble)
+        check_outputs(dataset, self._output_names())
+        if isinstance(dataset, DiscoveredDataset):
+            if config.partitioning not in (None, "batch"):
+                raise ConfigError(
+                    f"partitioning={config.partitioning!r} moves rows, but Parquet read in place stays where it is. "
+                    "Use partitioning='batch', or fit(spark.read.parquet(...)), which deals rows as asked."
+                )
+        elif config.balance_shards and config.staging_dir is None:
+            raise ConfigError(
+                "balanceShards=True needs rows that all ranks reach, but every rank spools its own. Set stagingDir, or "
+                "fit a ParquetDataset."
+            )
+        if not isinstance(dataset, DiscoveredDataset) and config.partitioning is not None:
+            check_partitioning(dataset, config.partitioning, config.partition_key_col)
+        objective = Objective(loss, binary=self._binary)
+        return Job(dataset, columns, module, objective, recipe, transform, assemble)
+
+    def _check_loss(self, loss: Callable[..., Any]) -> None:
+        """Refuse losses that make no sense for this kind of estimator."""
+
+    @abstractmethod
+    def _output_names(self) -> list[str]:
+        """Columns that the model will add."""
+
+    @abstractmethod
+    def _label_columns(
+        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any], rules: ColumnRules
+    ) -> list[Column]:
+        """The labels, checked, in the order in which the loss gets them."""
+
+    def _columns(
+        self, dataset: "Rows", floating: str, loss: Callable[..., Any], assemble: Mapping[str, tuple[str, ...]]
+    ) -> Columns:
+        several = self._value("inputCols")
+        if several is not None and self.isSet("featuresCol"):
+            raise ConfigError(
+                f"featuresCol={self.getFeaturesCol()!r} and inputCols={several!r} are both set. Set one: featuresCol "
+                "for a module with one input, inputCols for positional inputs in order."
+            )
+        if several is not None and not several:
+            raise ConfigError("inputCols is empty. Name at least one column, or use featuresCol.")
+        shapes = dataset.shapes if isinstance(dataset, DiscoveredDataset) else {}
+        rules = column_rules(self, transform=self._value("transform") is not None, shapes=shapes, assemble=assemble)
+        param = "featuresCol" if several is None else "inputCols"
+        resolve = functools.partial(resolve_column, dataset, floating=floating)
+        inputs = tuple(
+            resolve(name, field=f"input_{number}", param=param, role="input", rules=rules)
+            for number, name in enumerate([self.getFeaturesCol()] if several is None else several)
+        )
+        targets = rules_of_targets(rules)
+        weight = self._value("weightCol")
+        flag = self._value("validationIndicatorCol")
+        columns = Columns(
+            inputs=inputs,
+            labels=tuple(self._label_columns(dataset, floating, loss, targets)),
+            weight=resolve(weight, field="weight", param="weightCol", role="weight", rules=targets) if weight else None,
+            validation=resolve(flag, field="validation", param="validationIndicatorCol", role="validation")
+            if flag
+            else None,
+        )
+        check_rules(rules, [column.name for column in columns])
+        return columns
+
+    # ---- persistence -------------------------------------------------------------------------------------------------
+    def write(self) -> ModuleWriter:
+        """A writer; ``option("allowPickle", "true")`` permits pickling what cannot be described."""
+        return ModuleWriter(self)
+
+    @classmethod
+    def read(cls) -> ModuleReader:
+        """A reader; ``option("allowPickle", "true")`` opens pickles."""
+        return ModuleReader(cls)
+
+    def _saved_objects(self) -> dict[str, Any]:
+        saved = ("module", "loss", "optimizer", "transform")
+        return {name: self._value(name) for name in saved if self._value(name) is not None and self.isSet(name)}
+
+    def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
+        self._set(**objects)
+
+
+def _active_session() -> SparkSession:
+    try:
+        return SparkSession.active()
+    except PySparkRuntimeError as error:
+        raise ConfigError(
+            "A ParquetDataset is trained on by a Spark cluster, but there is no Spark session. Start one before fit: "
+            "SparkSession.builder.getOrCreate()."
+        ) from error
+
+
+def _one_row_per_rank(spark: "SparkSession", world_size: int) -> "DataFrame":
+    return spark.range(world_size).repartitionById(world_size, F.col("id").cast("int"))
