@@ -456,7 +456,10 @@ def test_a_full_shuffle_without_room_says_what_to_do(groups: list[RowGroup]) -> 
         epoch_of(small)
 
 
-def test_a_cache_that_gets_no_memory_falls_back(groups: list[RowGroup], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("below", [(("disk", 1 << 20),), ()])
+def test_a_cache_that_gets_no_memory_falls_back(
+    groups: list[RowGroup], caplog: pytest.LogCaptureFixture, below: tuple[tuple[Tier, int], ...]
+) -> None:
     class Broke(Cache):
         def reserve(self, need: int) -> Any:
             allocate = super().reserve(need)
@@ -466,10 +469,10 @@ def test_a_cache_that_gets_no_memory_falls_back(groups: list[RowGroup], caplog: 
 
             return fails if allocate is not None and self.plan.tiers[0][0] == "memory" else allocate
 
-    broke = Broke(CachePlan((("memory", 1 << 20), ("disk", 1 << 20)), True, "all"))
+    broke = Broke(CachePlan((("memory", 1 << 20), *below), True, "all"))
     data = replace(rank_data(groups), cache=broke)
     assert ids_of(epoch_of(data)) == ids_of(epoch_of(rank_data(groups)))
-    assert broke.plan.tiers[0][0] == "disk"
+    assert broke.plan.tiers == below
     assert "no more" in caplog.text
 
 
