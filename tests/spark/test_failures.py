@@ -315,6 +315,7 @@ def test_a_module_that_executors_cannot_import_is_told_once(warm: DataFrame) -> 
     assert {failure.kind for failure in caught.value.failures.values()} == {"ModuleNotFoundError"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_ranks_at_once(warm: DataFrame, spark: SparkSession, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
 

@@ -228,6 +228,7 @@ IN_A_FRESH_PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_predicts_the_same_once_it_trusts_the_classes(
     fitted: PipelineModel, estimator: TorchEstimator, points: DataFrame, tmp_path: Path
 ) -> None:
