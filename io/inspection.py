@@ -51,7 +51,6 @@ class FileReport:
 
     Attributes:
         path: The file.
-        size: Bytes.
         train: Index and number of kept rows of each row group that has training rows.
         validation: The same of validation rows.
         facts: What is known of the rows.
@@ -59,7 +58,6 @@ class FileReport:
     """
 
     path: str
-    size: int
     train: tuple[tuple[int, int], ...]
     validation: tuple[tuple[int, int], ...]
     facts: Facts
@@ -69,7 +67,6 @@ class FileReport:
         """The report as JSON values."""
         return {
             "path": self.path,
-            "size": self.size,
             "train": self.train,
             "validation": self.validation,
             "facts": self.facts.to_json(),
@@ -80,7 +77,7 @@ class FileReport:
     def of_json(cls, values: Mapping[str, Any]) -> "FileReport":
         """The inverse of `to_json`."""
         train, validation = (tuple((index, rows) for index, rows in values[split]) for split in ("train", "validation"))
-        return cls(values["path"], values["size"], train, validation, Facts.of_json(values["facts"]), values["nulls"])
+        return cls(values["path"], train, validation, Facts.of_json(values["facts"]), values["nulls"])
 
 
 def inspect_file(discovered: DiscoveredDataset, entry: FileEntry, columns: Columns) -> FileReport:
@@ -135,7 +132,7 @@ def merge_reports(discovered: DiscoveredDataset, columns: Columns, reports: Sequ
         )
     train = [RowGroup(report.path, *group) for report in reports for group in report.train]
     validation = [RowGroup(report.path, *group) for report in reports for group in report.validation]
-    files = {report.path: report.size for report in reports}
+    files = {entry.path: (entry.size, entry.mtime_ns) for entry in discovered.files}
     return StagedDataset(str(discovered.dataset), tuple(sorted(train)), tuple(sorted(validation)), facts, files)
 
 
@@ -188,7 +185,7 @@ class _Inspection:
                 validation.append((index, held))
         widths, row = self._first_row(min((*train, *validation))[0]) if train or validation else ({}, "")
         facts = Facts(widths, self._labels, row, self._dropped)
-        return FileReport(self._entry.path, self._entry.size, tuple(train), tuple(validation), facts, self._nulls)
+        return FileReport(self._entry.path, tuple(train), tuple(validation), facts, self._nulls)
 
     def _possible_groups(self) -> list[int]:
         """Row groups that may hold rows that the filter keeps, as far as folders and statistics tell."""

@@ -112,7 +112,8 @@ class StagedDataset:
         train: Row groups of the training rows, sorted by path.
         validation: Row groups of the validation rows, sorted by path.
         facts: What is known of the rows.
-        files: Size in bytes of every file; part of the plan's fingerprint.
+        files: What tells every file from one that takes its place: size in bytes, and the time of its last change where
+            others may write it too. Part of the plan's fingerprint.
         shards: Row groups of each shard, where the rows were placed by shard; None where they are cut where they lie.
     """
 
@@ -120,7 +121,7 @@ class StagedDataset:
     train: tuple[RowGroup, ...]
     validation: tuple[RowGroup, ...]
     facts: Facts
-    files: Mapping[str, int]
+    files: Mapping[str, int | tuple[int, int | None]]
     shards: tuple[tuple[RowGroup, ...], ...] | None = None
 
     def pieces(self, num_shards: int) -> tuple[tuple[Piece, ...], ...]:

@@ -1,6 +1,7 @@
 """What is known of files read in place before the fit: rows, facts, and files that are not what they were."""
 
 import json
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def test_what_a_footer_tells_is_not_read(tmp_path: Path) -> None:
         assert staged.facts.widths == ({"input_0": 1, "label_0": 1} if rows else {})
     with pytest.raises(DataError, match=r"day=1/a\.parquet cannot be read as Parquet: .*damaged"):
         inspect_locally(discovered(tmp_path, filters=pc.field("id") > 90), columns)
+
+
+def test_a_file_that_was_written_again_is_another_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", numbers(0, 10))
+    before = inspect_locally(discovered(tmp_path), COLUMNS).files
+    os.utime(path, ns=(1, 1))
+    assert inspect_locally(discovered(tmp_path), COLUMNS).files != before
 
 
 def test_a_report_survives_json(tmp_path: Path) -> None:
