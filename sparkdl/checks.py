@@ -38,6 +38,10 @@ def check_config(config: TrainConfig) -> None:
         "reshuffle_interval": 1,
         "cache_bytes": 0,
         "reader_threads": 1,
+        "checkpoint_interval": 1,
+        "keep_checkpoints": 1,
+        "max_restarts": 0,
+        "min_workers": 1,
     }
     for name, bound in least.items():
         value = getattr(config, name)
@@ -47,11 +51,25 @@ def check_config(config: TrainConfig) -> None:
         if getattr(config, name) not in known:
             names = ", ".join(choice for choice in known if choice is not None)
             raise ConfigError(f"{name}={getattr(config, name)!r} is not known. Use one of {names}.")
-    staging = config.staging_dir
-    if staging is not None and not staging.startswith("/") and ":" not in staging:
+    for name in ("staging_dir", "checkpoint_dir"):
+        directory = getattr(config, name)
+        if directory is not None and not directory.startswith("/") and ":" not in directory:
+            raise ConfigError(
+                f"{camel_case(name)}={directory!r} is relative, but every executor has a working directory of its own. "
+                "Use an absolute path or a URL that all executors reach."
+            )
+    if config.checkpoint_seconds is not None and not config.checkpoint_seconds > 0:
+        raise ConfigError(f"checkpointSeconds={config.checkpoint_seconds:g} is too small. Use a number above 0.")
+    for name in ("checkpoint_interval", "checkpoint_seconds"):
+        if getattr(config, name) is not None and config.checkpoint_dir is None:
+            raise ConfigError(
+                f"{camel_case(name)}={getattr(config, name):g} says how often to write checkpoints, but not where to. "
+                "Set checkpointDir."
+            )
+    if config.min_workers is not None and config.min_workers > config.num_train_workers:
         raise ConfigError(
-            f"stagingDir={staging!r} is relative, but every executor has a working directory of its own. Use an "
-            "absolute path or a URL that all executors reach."
+            f"minWorkers={config.min_workers} is more than numTrainWorkers={config.num_train_workers}. Use "
+            f"{config.num_train_workers} or less."
         )
     shards = config.num_shards or config.num_train_workers
     if shards < config.num_train_workers:

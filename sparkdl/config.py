@@ -18,6 +18,7 @@ __all__ = [
     "Partitioning",
     "RunSpec",
     "Shuffle",
+    "Timeouts",
     "TrainConfig",
     "Validity",
 ]
@@ -94,6 +95,23 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Timeouts:
+    """How long a rank waits, by what it waits for."""
+
+    rendezvous: timedelta = timedelta(minutes=5)
+    """For the other ranks, until all have joined the process group."""
+
+    step: timedelta = timedelta(minutes=10)
+    """For a sign of progress: a batch, a step, a part of the validation. A rank that shows none hangs."""
+
+    collective: timedelta = timedelta(minutes=15)
+    """Inside one collective operation. Longer than ``step``, whose error says more."""
+
+    checkpoint: timedelta = timedelta(minutes=10)
+    """For the end of writing or of reading one checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How a module is trained. Every field is a Param of the Estimators, in camelCase."""
 
@@ -167,11 +185,37 @@ class TrainConfig:
     verbose: bool = True
     """Show a progress bar on the driver."""
 
-    rendezvous_timeout: timedelta = timedelta(minutes=5)
-    """How long a rank waits for the others to join the process group. (Not a Param.)"""
+    checkpoint_dir: str | None = None
+    """Absolute path or URL of a directory that all executors reach. Every fit writes checkpoints to a directory of its
+    own in it, from which a restart goes on; without stagingDir the rows are staged under its 'data'. None: a restart
+    begins with the first step."""
 
-    collective_timeout: timedelta = timedelta(minutes=10)
-    """How long a rank waits inside one collective before the run fails. (Not a Param.)"""
+    checkpoint_interval: int | None = None
+    """Optimizer steps from one checkpoint to the next. None: one at the end of every epoch, unless checkpointSeconds is
+    set."""
+
+    checkpoint_seconds: float | None = None
+    """Seconds from one checkpoint to the next, by rank 0's clock; alone or beside checkpointInterval."""
+
+    keep_checkpoints: int = 3
+    """Checkpoints of a fit that are kept, the newest ones."""
+
+    max_restarts: int = 3
+    """How often a fit that lost a rank to the cluster (an executor or a process that died, a timeout) is started again,
+    from the newest checkpoint. Errors of the module, of the data or of the settings are never tried again."""
+
+    min_workers: int | None = None
+    """Ranks that a restart needs at least: where the cluster has fewer slots than numTrainWorkers left, a restart makes
+    do with as many as there are. None: numTrainWorkers."""
+
+    timeouts: Timeouts = Timeouts()
+    """Seconds that a rank waits at most, as a dict: 'rendezvous' (300) for the others to join, 'step' (600) for a sign
+    of progress of any rank, 'collective' (900) inside one collective operation, 'checkpoint' (600) for one checkpoint.
+    What is left out keeps its default."""
+
+    allow_unencrypted_traffic: bool = False
+    """Let ranks exchange gradients in the clear although Spark is told to encrypt or to authenticate: neither gloo nor
+    NCCL can. Only for networks that are protected otherwise (WireGuard, IPsec, a network policy)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +236,9 @@ class RunSpec:
 
     thresholds: int | None = None
     """How many thresholds a classifier was given; must be as many as its classes."""
+
+    attempt: int = 1
+    """How often the run was started, this time included."""
 
     window_bytes: int = 64 << 20
     """Size of one shard's shuffle window in memory."""

@@ -7,6 +7,7 @@
     │   ├── SlotsError                       fewer slots than ranks
     │   └── ExecutorPythonError              the executors' Python is not the driver's
     ├── PersistenceError     (ValueError)    a model cannot be written, or a file is not trusted
+    ├── CheckpointError      (RuntimeError)  a checkpoint cannot be written, or none can be read
     └── TrainingFailedError  (RuntimeError)  a rank failed; ``failures`` holds every rank's own account
 
 Messages say what was asked, what was found and what to do, in that order.
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "ExecutorPythonError",
@@ -56,6 +58,10 @@ class PersistenceError(SparkdlError, ValueError):
     """A module that cannot be described without code, or a saved file that is not trusted."""
 
 
+class CheckpointError(SparkdlError, RuntimeError):
+    """A checkpoint that cannot be written, or cannot be read although it is needed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """What one rank said when it failed."""
@@ -78,14 +84,26 @@ class Failure:
     consequence: bool
     """True where a peer's death explains the failure (a closed connection, say)."""
 
+    attempt: int = 1
+    """How often the run had been started, that time included."""
+
+    step: int | None = None
+    """Optimizer steps that the rank had finished; None before its training began."""
+
+    time: float = 0.0
+    """Seconds since the epoch, by the rank's clock."""
+
 
 class TrainingFailedError(SparkdlError, RuntimeError):
     """At least one rank failed; the message is the first cause.
 
     Attributes:
         failures: Every account that reached the driver, by rank.
+        lost: True where a rank was lost (its executor or process died, or it hung), so that a restart may help; False
+            where a rank raised an error, which would be raised again.
     """
 
-    def __init__(self, message: str, failures: Mapping[int, Failure] | None = None) -> None:
+    def __init__(self, message: str, failures: Mapping[int, Failure] | None = None, *, lost: bool = False) -> None:
         super().__init__(message)
         self.failures: dict[int, Failure] = dict(failures or {})
+        self.lost = lost

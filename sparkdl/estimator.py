@@ -79,6 +79,14 @@ class TorchClassifier(TorchTrainer[TorchClassificationModel], ClassifierColumns)
         numShards: int | None = None,
         device: str = "auto",
         stagingDir: str | None = None,
+        checkpointDir: str | None = None,
+        checkpointInterval: int | None = None,
+        checkpointSeconds: float | None = None,
+        keepCheckpoints: int = 3,
+        maxRestarts: int = 3,
+        minWorkers: int | None = None,
+        timeouts: Mapping[str, float] | None = None,
+        allowUnencryptedTraffic: bool = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -158,6 +166,14 @@ class TorchRegressor(TorchTrainer[TorchRegressionModel], RegressorColumns):
         numShards: int | None = None,
         device: str = "auto",
         stagingDir: str | None = None,
+        checkpointDir: str | None = None,
+        checkpointInterval: int | None = None,
+        checkpointSeconds: float | None = None,
+        keepCheckpoints: int = 3,
+        maxRestarts: int = 3,
+        minWorkers: int | None = None,
+        timeouts: Mapping[str, float] | None = None,
+        allowUnencryptedTraffic: bool = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -236,6 +252,14 @@ class TorchEstimator(TorchTrainer[TorchModel], EstimatorColumns):
         numShards: int | None = None,
         device: str = "auto",
         stagingDir: str | None = None,
+        checkpointDir: str | None = None,
+        checkpointInterval: int | None = None,
+        checkpointSeconds: float | None = None,
+        keepCheckpoints: int = 3,
+        maxRestarts: int = 3,
+        minWorkers: int | None = None,
+        timeouts: Mapping[str, float] | None = None,
+        allowUnencryptedTraffic: bool = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.param.shared import (
     HasBatchSize,
+    HasCheckpointInterval,
     HasFeaturesCol,
     HasInputCols,
     HasLabelCol,
@@ -32,7 +33,7 @@ from pyspark.ml.param.shared import (
     HasWeightCol,
 )
 
-from sparkdl.config import Padding, TrainConfig
+from sparkdl.config import Padding, Timeouts, TrainConfig
 from sparkdl.errors import ConfigError
 from sparkdl.io.schema import ColumnRules
 
@@ -44,6 +45,7 @@ __all__ = [
     "RegressorColumns",
     "TrainParams",
     "accessors",
+    "build_timeouts",
     "camel_case",
     "column_rules",
     "field_docs",
@@ -94,17 +96,27 @@ def _nulls(value: Any) -> Any:
     return value
 
 
+def _timeouts(value: Any) -> dict[str, float]:
+    return {str(name): TypeConverters.toFloat(seconds) for name, seconds in _dict(value).items()}
+
+
 def _converter(annotation: Any) -> Callable[[Any], Any]:
     text = str(annotation)
-    for kind, converter in (("bool", TypeConverters.toBoolean), ("int", TypeConverters.toInt)):
+    if annotation is Timeouts:
+        return _timeouts
+    for kind, converter in (
+        ("bool", TypeConverters.toBoolean),
+        ("int", TypeConverters.toInt),
+        ("float", TypeConverters.toFloat),
+    ):
         if kind in text:
             return converter
     return TypeConverters.toString
 
 
 def train_fields() -> list[dataclasses.Field[Any]]:
-    """The fields of `TrainConfig` that are Params: all but the timeouts."""
-    return [field for field in dataclasses.fields(TrainConfig) if field.type is not timedelta]
+    """The fields of `TrainConfig`, each of which is a Param."""
+    return list(dataclasses.fields(TrainConfig))
 
 
 def _from_config(cls: P) -> P:
@@ -200,6 +212,7 @@ class TrainParams(
     HasValidationIndicatorCol,
     HasSeed,
     HasBatchSize,
+    HasCheckpointInterval,
     HasLearningRate,
     HasNumTrainWorkers,
     HasStandardization,
@@ -263,7 +276,8 @@ class TrainParams(
         super().__init__()
         self._setDefault(optimizer="adamw", optimizerParams=None, learningRate=None, featuresCol="features")
         self._setDefault(transform=None, **COLUMN_RULES)
-        self._setDefault(**{camel_case(field.name): field.default for field in train_fields()})
+        defaults = {camel_case(field.name): field.default for field in train_fields()}
+        self._setDefault(**{**defaults, "timeouts": None})  # a Param is what JSON can hold
 
     def _value(self, name: str) -> Any:
         """Value of a Param, or None where it has neither value nor default."""
@@ -272,7 +286,23 @@ class TrainParams(
 
     def train_config(self) -> TrainConfig:
         """The Params as the config that travels to the ranks."""
-        return TrainConfig(**{field.name: self._value(camel_case(field.name)) for field in train_fields()})
+        values = {field.name: self._value(camel_case(field.name)) for field in train_fields()}
+        return TrainConfig(**{**values, "timeouts": build_timeouts(values["timeouts"] or {})})
+
+
+def build_timeouts(seconds: Mapping[str, float]) -> Timeouts:
+    """The timeouts, from seconds by name.
+
+    Raises:
+        ConfigError: An unknown name, or no time at all.
+    """
+    known = [field.name for field in dataclasses.fields(Timeouts)]
+    for name, value in seconds.items():
+        if name not in known:
+            raise ConfigError(f"timeouts={{{name!r}: {value:g}}} is not known. Use some of {', '.join(known)}.")
+        if not 0 < value < timedelta.max.total_seconds():
+            raise ConfigError(f"timeouts={{{name!r}: {value:g}}} is no time to wait. Use a number of seconds above 0.")
+    return Timeouts(**{name: timedelta(seconds=value) for name, value in seconds.items()})
 
 
 def column_rules(

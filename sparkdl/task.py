@@ -153,8 +153,8 @@ def run_rank(
         objective.to(device)
         with rank.process_group(
             device,
-            rendezvous_timeout=config.rendezvous_timeout,
-            collective_timeout=config.collective_timeout,
+            rendezvous_timeout=config.timeouts.rendezvous,
+            collective_timeout=config.timeouts.collective,
         ):
             data, learnt = ready.source.open_data(found.shard_rows, found.layout, device, threads)
             if rank.world.rank == 0:

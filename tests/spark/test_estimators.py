@@ -662,6 +662,9 @@ def test_defaults_are_the_documented_ones() -> None:
         "rawPredictionCol": "rawPrediction",
         "numTrainWorkers": 1,
         "device": "auto",
+        "keepCheckpoints": 3,
+        "maxRestarts": 3,
+        "allowUnencryptedTraffic": False,
         "verbose": True,
     }
     assert TorchRegressor(module=nn.Linear(1, 1)).getLoss() == "mse"

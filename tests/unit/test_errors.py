@@ -18,6 +18,7 @@ PARENTS = {
     "SlotsError": (errors.LaunchError,),
     "ExecutorPythonError": (errors.LaunchError,),
     "PersistenceError": (SparkdlError, ValueError),
+    "CheckpointError": (SparkdlError, RuntimeError),
     "TrainingFailedError": (SparkdlError, RuntimeError),
 }
 CLASSES = [getattr(errors, name) for name in PARENTS]

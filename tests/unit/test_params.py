@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -19,7 +20,8 @@ from sparkdl import (
     TorchRegressionModel,
     TorchRegressor,
 )
-from sparkdl.config import TrainConfig
+from sparkdl.config import Timeouts, TrainConfig
+from sparkdl.errors import ConfigError
 from sparkdl.params import camel_case, field_docs, train_fields
 
 ESTIMATORS = [TorchClassifier, TorchRegressor, TorchEstimator]
@@ -68,6 +70,14 @@ VALUES: dict[str, Any] = {
     "device": "cpu",
     "stagingDir": "/shared/staging",
     "verbose": False,
+    "checkpointDir": "/shared/checkpoints",
+    "checkpointInterval": 50,
+    "checkpointSeconds": 30.0,
+    "keepCheckpoints": 5,
+    "maxRestarts": 1,
+    "minWorkers": 1,
+    "timeouts": {"step": 60.0},
+    "allowUnencryptedTraffic": True,
 }
 COMMON_BEFORE = [
     "module", "loss", "optimizer", "optimizerParams", "learningRate", "maxEpochs", "batchSize", "microBatchSize",
@@ -75,7 +85,10 @@ COMMON_BEFORE = [
     "readerThreads", "nulls", "padding", "shapes", "vocabularies", "standardization", "transform",
     "featuresCol", "inputCols", "labelCol",
 ]  # fmt: skip
-COMMON_AFTER = ["numTrainWorkers", "numShards", "device", "stagingDir", "verbose"]
+COMMON_AFTER = [
+    "numTrainWorkers", "numShards", "device", "stagingDir", "checkpointDir", "checkpointInterval", "checkpointSeconds",
+    "keepCheckpoints", "maxRestarts", "minWorkers", "timeouts", "allowUnencryptedTraffic", "verbose",
+]  # fmt: skip
 SIGNATURES = {
     TorchClassifier: [
         *COMMON_BEFORE, "weightCol", "validationIndicatorCol", "predictionCol", "probabilityCol", "rawPredictionCol",
@@ -104,6 +117,9 @@ DEFAULTS: dict[str, Any] = {
     "outputCol": "output",
     "numTrainWorkers": 1,
     "device": "auto",
+    "keepCheckpoints": 3,
+    "maxRestarts": 3,
+    "allowUnencryptedTraffic": False,
     "verbose": True,
 }
 
@@ -180,22 +196,33 @@ def test_the_param_of_a_config_field_has_its_text_and_its_default(
     instance = kind()
     param = instance.getParam(camel_case(field.name))
     assert param.doc == field_docs(TrainConfig)[field.name]
-    assert instance.getOrDefault(param) == field.default
+    assert instance.getOrDefault(param) == (None if field.name == "timeouts" else field.default)
     assert param.parent == instance.uid
 
 
-def test_what_is_no_param_says_so() -> None:
-    params = {field.name for field in train_fields()}
-    others = {field.name for field in dataclasses.fields(TrainConfig)} - params
-    assert others == {"rendezvous_timeout", "collective_timeout"}
-    assert all("Not a Param" in field_docs(TrainConfig)[name] for name in others)
+def test_timeouts_are_given_in_seconds_by_name() -> None:
+    config = TorchRegressor(timeouts={"step": 60, "checkpoint": 1.5}).train_config()
+    assert config.timeouts == Timeouts(step=timedelta(minutes=1), checkpoint=timedelta(seconds=1.5))
+    assert TorchRegressor(timeouts={}).train_config().timeouts == Timeouts()
+    with pytest.raises(ConfigError, match=r"timeouts=.'steps': 60. is not known. Use some of rendezvous, step"):
+        TorchRegressor(timeouts={"steps": 60}).train_config()
+    for bad in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"timeouts=.'step': {bad}. is no time to wait. Use a number of seconds"):
+            TorchRegressor(timeouts={"step": bad}).train_config()
+
+
+def test_the_texts_of_the_timeouts_are_in_their_param() -> None:
+    text = field_docs(TrainConfig)["timeouts"]
+    for field in dataclasses.fields(Timeouts):
+        assert f"'{field.name}' ({field.default.total_seconds():.0f})" in text
+        assert field_docs(Timeouts)[field.name]
 
 
 def test_the_params_are_the_config_that_travels() -> None:
     names = [field.name for field in train_fields()]
     values = {name: VALUES[camel_case(name)] for name in names}
     given = TorchRegressor(**{camel_case(name): value for name, value in values.items()})
-    assert given.train_config() == TrainConfig(**values)
+    assert given.train_config() == TrainConfig(**{**values, "timeouts": Timeouts(step=timedelta(minutes=1))})
     assert TorchRegressor().train_config() == TrainConfig()
 
 
