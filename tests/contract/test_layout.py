@@ -29,7 +29,7 @@ LAYERS = (
     ("estimator", "fitting", "checks", "model", "params", "persistence"),
     ("task", "source", "predict"),
     ("trainer",),
-    ("parallel", "objective", "optimizer", "serialization", "progress"),
+    ("parallel", "checkpoint", "objective", "optimizer", "serialization", "progress"),
     ("barrier", "io"),
     ("errors", "config", "storage", "batch"),
 )
