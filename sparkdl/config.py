@@ -247,3 +247,19 @@ class RunSpec:
     def num_shards(self) -> int:
         """Shards that the data is cut into."""
         return self.config.num_shards or self.config.num_train_workers
+
+    @property
+    def staging_url(self) -> str | None:
+        """Where the rows of this run are staged; None where ranks spool their own."""
+        config = self.config
+        if config.staging_dir is not None:
+            return f"{config.staging_dir.rstrip('/')}/{self.run_id}"
+        if config.checkpoint_dir is not None:  # only staged rows are the same for a restart
+            return f"{config.checkpoint_dir.rstrip('/')}/data/{self.run_id}"
+        return None
+
+    @property
+    def checkpoint_url(self) -> str | None:
+        """The directory of this run's checkpoints, if it writes any."""
+        directory = self.config.checkpoint_dir
+        return None if directory is None else f"{directory.rstrip('/')}/{self.run_id}"

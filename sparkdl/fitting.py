@@ -1,6 +1,7 @@
 """What the Estimators have in common: checks before the first job, one way to open the rows, one fit, one model."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -17,7 +18,8 @@ from pyspark.sql import functions as F
 from torch import nn
 
 from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
-from sparkdl.barrier.preflight import check_executor_python, check_slots
+from sparkdl.barrier.preflight import check_executor_python, check_slots, find_slots
+from sparkdl.barrier.supervise import Restart, RestartPolicy, supervise
 from sparkdl.checks import build_module, check_config, floating_dtype
 from sparkdl.config import Column, Columns, RunSpec, TrainConfig
 from sparkdl.errors import ConfigError, DataError
@@ -131,46 +133,63 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             payload=payload,
             thresholds=None if thresholds is None else len(thresholds),
         )
-        progress = Progress(shown=config.verbose)
+        policy = RestartPolicy(
+            max_restarts=config.max_restarts,
+            num_workers=config.num_train_workers,
+            min_workers=config.min_workers or config.num_train_workers,
+        )
+        restarts: list[Restart] = []
         with contextlib.ExitStack() as stack:
-            source, staged, native = self._open_rows(stack, job.rows, spec, spark)
-            stack.enter_context(progress)
-            chunks = launch_stage(
-                source,
-                functools.partial(run_rank, spec, staged, native),
-                world_size=config.num_train_workers,
-                run_id=spec.run_id,
-                on_event=progress,
-            )
+            rows = self._open_rows(stack, job.rows, spec, spark)
+            progress = stack.enter_context(Progress(shown=config.verbose))
+
+            def run(attempt: int, ranks: int) -> list[list[bytes]]:
+                this = dataclasses.replace(
+                    spec,
+                    attempt=attempt,
+                    config=dataclasses.replace(config, num_train_workers=ranks, num_shards=spec.num_shards),
+                )
+                return launch_stage(
+                    rows.for_ranks(this),
+                    functools.partial(run_rank, this, rows.staged, rows.in_place),
+                    world_size=ranks,
+                    run_id=spec.run_id,
+                    on_event=progress,
+                    attempt=attempt,
+                    timeouts=config.timeouts,
+                    directory=spec.checkpoint_url,
+                )
+
+            chunks = supervise(run, policy, find_slots=lambda: find_slots(spark), on_restart=restarts.append)
         if not all(chunks):  # Spark sees that a plan has no rows, and starts no tasks for it
             raise DataError("The DataFrame has no rows to train on. Check the filters and joins before fit.")
         results = [RankResult.of_chunks(found) for found in chunks]
-        return self._model(job, spec, staged is not None, results, time.perf_counter() - started)
+        return self._model(job, spec, rows.staged is not None, results, restarts, time.perf_counter() - started)
 
-    def _open_rows(
-        self,
-        stack: contextlib.ExitStack,
-        rows: "DataFrame | DiscoveredDataset",
-        spec: RunSpec,
-        spark: SparkSession,
-    ) -> "tuple[DataFrame, StagedDataset | None, InPlace | None]":
-        """What feeds the ranks: a DataFrame of one partition each, and what they must know to read by themselves."""
-        config, ranks = spec.config, spec.config.num_train_workers
+    def _open_rows(self, stack: contextlib.ExitStack, rows: "Rows", spec: RunSpec, spark: SparkSession) -> "_OpenRows":
+        """The rows where ranks can read them, whatever the number of ranks; staged ones are removed at the end."""
+        config, directory = spec.config, spec.staging_url
         if isinstance(rows, DiscoveredDataset):
-            staged = inspect_dataset(spark, rows, spec.columns)
-            return _one_row_per_rank(spark, ranks), staged, in_place(rows, spec.columns)
-        dealing: dict[str, Any] = {"num_shards": spec.num_shards, "key": config.partition_key_col, "seed": config.seed}
-        if config.staging_dir is None:
-            partitioning = config.partitioning or "sample"
-            dealt = deal_rows(rows, spec.columns, world_size=ranks, partitioning=partitioning, **dealing)
-            return dealt, None, None
-        directory = f"{config.staging_dir.rstrip('/')}/{spec.run_id}"
+            return _OpenRows(spark, None, inspect_dataset(spark, rows, spec.columns), in_place(rows, spec.columns))
+        if directory is None:
+            return _OpenRows(spark, rows)
         stack.callback(remove_staged, rows, directory)
         partitioning = config.partitioning or "batch"
-        staged = stage_dataset(rows, spec.columns, directory, partitioning=partitioning, **dealing)
-        return _one_row_per_rank(spark, ranks), staged, None
+        return _OpenRows(
+            spark,
+            None,
+            stage_dataset(rows, spec.columns, directory, partitioning=partitioning, **_dealing(spec)),
+        )
 
-    def _model(self, job: "Job", spec: RunSpec, staged: bool, results: Sequence[RankResult], seconds: float) -> M:
+    def _model(
+        self,
+        job: "Job",
+        spec: RunSpec,
+        staged: bool,
+        results: Sequence[RankResult],
+        restarts: Sequence[Restart],
+        seconds: float,
+    ) -> M:
         first, module = results[0], job.module
         if has_lazy_parts(module):
             materialise(module, first.inputs)
@@ -205,6 +224,8 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                 cache=first.cache,
                 staged=staged,
                 seconds=seconds,
+                restarts=tuple(f"{restart.reason} Started again with {restart.ranks} ranks." for restart in restarts),
+                checkpoints=spec.checkpoint_url,
             ),
         )
         return model  # type: ignore[no-any-return]
@@ -253,10 +274,10 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                     f"partitioning={config.partitioning!r} moves rows, but Parquet read in place stays where it is. "
                     "Use partitioning='batch', or fit(spark.read.parquet(...)), which deals rows as asked."
                 )
-        elif config.balance_shards and config.staging_dir is None:
+        elif config.balance_shards and config.staging_dir is None and config.checkpoint_dir is None:
             raise ConfigError(
-                "balanceShards=True needs rows that all ranks reach, but every rank spools its own. Set stagingDir, or "
-                "fit a ParquetDataset."
+                "balanceShards=True needs rows that all ranks reach, but every rank spools its own. Set stagingDir or "
+                "checkpointDir, or fit a ParquetDataset."
             )
         if not isinstance(dataset, DiscoveredDataset) and config.partitioning is not None:
             check_partitioning(dataset, config.partitioning, config.partition_key_col)
@@ -335,6 +356,35 @@ def _active_session() -> SparkSession:
             "A ParquetDataset is trained on by a Spark cluster, but there is no Spark session. Start one before fit: "
             "SparkSession.builder.getOrCreate()."
         ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenRows:
+    """Rows that ranks can read.
+
+    Attributes:
+        spark: The session.
+        spooled: What ranks spool, each a partition of it; None where they read what all of them reach.
+        staged: Where that is.
+        in_place: Set where these are the user's own Parquet files.
+    """
+
+    spark: SparkSession
+    spooled: "DataFrame | None"
+    staged: StagedDataset | None = None
+    in_place: InPlace | None = None
+
+    def for_ranks(self, spec: RunSpec) -> "DataFrame":
+        """What feeds the barrier tasks: one partition each."""
+        if self.spooled is None:
+            return _one_row_per_rank(self.spark, spec.config.num_train_workers)
+        partitioning = spec.config.partitioning or "sample"
+        ranks = spec.config.num_train_workers
+        return deal_rows(self.spooled, spec.columns, world_size=ranks, partitioning=partitioning, **_dealing(spec))
+
+
+def _dealing(spec: RunSpec) -> dict[str, Any]:
+    return {"num_shards": spec.num_shards, "key": spec.config.partition_key_col, "seed": spec.config.seed}
 
 
 def _one_row_per_rank(spark: "SparkSession", world_size: int) -> "DataFrame":

@@ -71,6 +71,8 @@ class TrainingSummary:
         staged: True where rows lay where all ranks reach them (staged, or read in place), False where each spooled its
             own.
         seconds: The whole fit.
+        restarts: Why and with how many ranks the run was started again, in order.
+        checkpoints: The directory of the run's checkpoints; None where it wrote none.
     """
 
     objectiveHistory: tuple[float, ...]
@@ -87,6 +89,8 @@ class TrainingSummary:
     cache: str
     staged: bool
     seconds: float
+    restarts: tuple[str, ...] = ()
+    checkpoints: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
