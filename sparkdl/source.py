@@ -87,7 +87,7 @@ class Source:
             with self.reading.open([first], decode) as reader:
                 return stacked(next(reader), self.decoder.columns)
         except DataError as error:
-            if self.spec.config.staging_dir is None or self.decoder.native:
+            if self.spec.staging_url is None or self.decoder.native:
                 raise
             raise DataError(f"{error} Is stagingDir on storage that all executors share?") from error
 
