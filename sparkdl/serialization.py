@@ -26,10 +26,12 @@ __all__ = [
     "allow_modules",
     "describe_module",
     "dump_weights",
+    "load_state",
     "load_weights",
     "path_of",
     "resolve_function",
     "restore_module",
+    "state_of",
 ]
 
 _ALWAYS_ALLOWED = ("torch.nn",)
@@ -50,14 +52,7 @@ def dump_weights(module: nn.Module) -> bytes:
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
-    state = module.state_dict(keep_vars=True)
-    # No constructor runs on loading, so what is registered with persistent=False must be stored too.
-    for name, value in {**dict(module.named_buffers(remove_duplicate=False)), **state}.items():
-        if not isinstance(value, torch.Tensor):
-            raise PersistenceError(
-                f"{type(module).__name__} keeps {name!r}, a {type(value).__name__}, in its state; only tensors are "
-                "stored. Keep such state in attributes, or store it with the module's settings."
-            )
+    for name, value in state_of(module).items():
         first = names.setdefault(id(value), name)
         if first == name:
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -80,16 +75,44 @@ def load_weights(module: nn.Module, weights: bytes) -> None:
     except (safetensors.SafetensorError, ValueError, LookupError) as error:
         raise PersistenceError(f"The weights cannot be read: {error}. Was the save completed?") from error
     try:
-        state = module.state_dict()
-        for name, buffer in module.named_buffers(remove_duplicate=False):
-            if name not in state:
-                found = tensors.pop(name)
-                if found.shape != buffer.shape:
-                    raise RuntimeError(f"size mismatch for {name}: {tuple(found.shape)} and {tuple(buffer.shape)}")
-                buffer.copy_(found)
-        module.load_state_dict(tensors)
+        load_state(module, tensors)
     except (RuntimeError, KeyError) as error:
         raise PersistenceError(f"The weights do not fit the module {type(module).__name__}: {error}") from error
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a module, by name: those of its state_dict, and the buffers that it leaves out.
+
+    No constructor runs when a module is restored, so what is registered with persistent=False must be stored too.
+
+    Raises:
+        PersistenceError: The module keeps extra state that is no tensor.
+    """
+    found = {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict(keep_vars=True)}
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor):
+            raise PersistenceError(
+                f"{type(module).__name__} keeps {name!r}, a {type(value).__name__}, in its state; only tensors are "
+                "stored. Keep such state in attributes, or store it with the module's settings."
+            )
+    return found
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The inverse of `state_of`, into the tensors that the module has.
+
+    Raises:
+        KeyError: A tensor is missing.
+        RuntimeError: The tensors are of another module.
+    """
+    state, left = module.state_dict(), dict(tensors)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if name not in state:
+            found = left.pop(name)
+            if found.shape != buffer.shape:
+                raise RuntimeError(f"size mismatch for {name}: {tuple(found.shape)} and {tuple(buffer.shape)}")
+            buffer.copy_(found)
+    module.load_state_dict(left)
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------
