@@ -1,5 +1,8 @@
 """`torch.distributed` for the time of one run, bound to one network interface.
 
+Torch's store asks nobody who he is, and lists its keys to whoever asks. So it listens no longer than until all ranks
+have joined: what comes later (further groups, NCCL's communicators) uses the connections that are there.
+
 Nothing here outlives the block on success. On failure nothing is cleaned up that could wait for a peer: once DDP has
 run, neither `abort` nor `destroy_process_group` wakes the others, only the death of this process does.
 """
@@ -22,7 +25,9 @@ import torch.distributed.nn.functional
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from sparkdl.barrier.rendezvous import StoreAddress
 from sparkdl.barrier.world import World
+from sparkdl.errors import LaunchError
 
 __all__ = ["interface_of", "is_communication_error", "process_group"]
 
@@ -58,19 +63,24 @@ def process_group(
     Args:
         world: This rank's place.
         store_address: Where rank 0's store listens.
-        listener: Rank 0's own listening socket (closed with the store); None on other ranks.
+        listener: Rank 0's own listening socket (closed once all ranks have joined); None on other ranks.
         address: This host's address that the peers reach; gloo and NCCL are bound to its interface.
-        prefix: Put before every key in the store, so that runs never read each other's.
+        prefix: Put before every key in the store, with the address's secret, so that runs never read each other's.
         device: Where tensors live; decides between NCCL and gloo.
         rendezvous_timeout: How long to wait for the other ranks to join.
         collective_timeout: How long one collective may take.
+
+    Raises:
+        LaunchError: On rank 0: somebody who is no rank holds a connection to the store.
     """
     if dist.is_initialized():  # left by other code in a reused Python worker
         logger.warning("leaving the process group that an earlier job left open in this Python worker")
         dist.destroy_process_group()
     with _bound_to(interface_of(address)):
+        secret = store_address.secret if isinstance(store_address, StoreAddress) else ""
+        listening = listener.detach() if listener is not None else None
         store = PrefixStore(
-            prefix,
+            f"{prefix}/{secret}",
             TCPStore(
                 store_address[0],
                 store_address[1],
@@ -78,7 +88,7 @@ def process_group(
                 is_master=world.rank == 0,
                 timeout=rendezvous_timeout,
                 wait_for_workers=False,
-                master_listen_fd=listener.detach() if listener is not None else None,
+                master_listen_fd=listening,
             ),
         )
         dist.init_process_group(
@@ -89,6 +99,16 @@ def process_group(
             timeout=collective_timeout,
             device_id=device if device.type == "cuda" else None,
         )
+        store.add("connections", _count_connections(store_address[1], inbound=False))
+        dist.barrier()
+        if listening is not None:
+            _stop_listening(listening)
+            known = store.add("connections", 0)
+            _check_connections(_count_connections(store_address[1], inbound=True), known, store_address)
+        if device.type == "cuda":
+            # With a device, DeviceMesh splits the group, for which torch connects to the store anew; without, it makes
+            # groups as everybody does.
+            dist.group.WORLD.bound_device_id = None  # type: ignore[union-attr]
         yield
         gc.collect()  # a user's own DDP in a cycle must not outlive the group either, see DataParallel.close
         dist.barrier()  # rank 0 holds the store: it must not leave while others still read it
@@ -109,6 +129,39 @@ def is_communication_error(error: BaseException) -> bool:
         return False
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(words in text for words in _COMMUNICATION_WORDS)
+
+
+def _stop_listening(descriptor: int) -> None:
+    """Close a listening socket that the store's thread waits on, whose number the store will close again.
+
+    A socket that was shut down would wake that thread for ever. One that is gone wakes nobody, and in its place the
+    number gets a socket without address, to which nothing can come.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as idle:
+        os.dup2(idle.fileno(), descriptor, inheritable=False)
+
+
+def _count_connections(port: int, *, inbound: bool) -> int:
+    """This process's open connections to the store at ``port``, or, in the process of the store, those from anybody."""
+    return sum(
+        entry.status == psutil.CONN_ESTABLISHED and (entry.laddr if inbound else entry.raddr).port == port
+        for entry in psutil.Process().net_connections("tcp")
+        if entry.raddr
+    )
+
+
+def _check_connections(found: int, known: int, address: tuple[str, int]) -> None:
+    """See that nobody holds a connection to the store but the ranks; none can come any more.
+
+    Raises:
+        LaunchError: Somebody does.
+    """
+    if found > known:
+        raise LaunchError(
+            f"The ranks have {known} connections to the rendezvous store at {address[0]}:{address[1]}, but it has "
+            f"{found}: something that is no rank connected while they joined, and might read or change what they tell "
+            "each other. Keep the executors' ports from others with a firewall or network policy, then fit again."
+        )
 
 
 @contextlib.contextmanager

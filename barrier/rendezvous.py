@@ -6,20 +6,39 @@ travels in one entry: address, versions, plan, and the error of a rank that fail
 
 import json
 import platform
+import secrets
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Self
 
 from sparkdl import errors
 from sparkdl.errors import Failure, LaunchError, SparkdlError, TrainingFailedError
 
-__all__ = ["Entry", "Versions", "agree", "bind_store", "error_of", "find_versions"]
+__all__ = ["Entry", "StoreAddress", "Versions", "agree", "bind_store", "error_of", "find_versions"]
 
 Versions = dict[str, str]
+_SECRET_BYTES = 16
+
+
+class StoreAddress(tuple[str, int]):
+    """Host and port of rank 0's store. Shown and compared as that pair; its secret is told to nobody but the ranks.
+
+    Args:
+        pair: Host and port.
+        secret: What the keys of the run begin with.
+    """
+
+    secret: str
+
+    def __new__(cls, pair: Iterable[Any], secret: str = "") -> Self:
+        """The pair, with its secret."""
+        address = super().__new__(cls, pair)
+        address.secret = secret
+        return address
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +52,7 @@ class Entry:
         executable: Its Python's path.
         fingerprint: Digest of what must be equal on all ranks.
         facts: What the others need to know of it (its rows, say).
-        store: ``(address, port)`` of the store; from rank 0 only.
+        store: ``(address, port)`` of the store; from rank 0 only. As `agree` returns it, a `StoreAddress`.
         failure: Set where the rank failed before it got here.
     """
 
@@ -61,6 +80,9 @@ def find_versions() -> Versions:
 def agree(entry: Entry, all_gather: Callable[[str], Sequence[str]]) -> tuple[Entry, ...]:
     """Exchange entries; return those of all ranks, or raise the same error on every rank.
 
+    Beside the address of a store travels a secret that is drawn here: Spark's all-gather is authenticated, and
+    encrypted where Spark is told to, which the store is not.
+
     Args:
         entry: This rank's own.
         all_gather: Sends a message to all ranks and returns everyone's, in rank order.
@@ -69,7 +91,10 @@ def agree(entry: Entry, all_gather: Callable[[str], Sequence[str]]) -> tuple[Ent
         SparkdlError: A rank failed before it got here; the error is that rank's own.
         LaunchError: The ranks differ in versions or fingerprint; the message names the odd one.
     """
-    entries = tuple(_decode(message) for message in all_gather(json.dumps(asdict(entry))))
+    mine = asdict(entry)
+    if entry.store is not None:
+        mine["secret"] = secrets.token_hex(_SECRET_BYTES)
+    entries = tuple(_decode(message) for message in all_gather(json.dumps(mine)))
     failures = {other.rank: other.failure for other in entries if other.failure is not None}
     if failures:
         raise error_of(failures)
@@ -105,12 +130,13 @@ def bind_store(address: str) -> socket.socket:
 
 def _decode(message: str) -> Entry:
     # A rank of a newer version may have more to say; that its version differs is what must be told then.
-    values = {name: value for name, value in json.loads(message).items() if name in Entry.__slots__}
+    told = json.loads(message)
+    values = {name: value for name, value in told.items() if name in Entry.__slots__}
     failure, store = values.pop("failure", None), values.pop("store", None)
     return Entry(
         **values,
         failure=Failure(**{name: failure[name] for name in Failure.__slots__}) if failure else None,
-        store=(store[0], store[1]) if store else None,
+        store=StoreAddress(store, told.get("secret", "")) if store else None,
     )
 
 
