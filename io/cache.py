@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from sparkdl.config import CacheTier
+from sparkdl.errors import ConfigError
 
 __all__ = [
     "Allocate",
@@ -43,6 +44,7 @@ __all__ = [
     "Move",
     "TierPolicy",
     "TieredStore",
+    "check_tier",
     "find_free",
     "local_directory",
     "plan_cache",
@@ -87,6 +89,23 @@ class CachePlan:
     reason: str
 
 
+def check_tier(asked: CacheTier, *, encrypt: bool) -> None:
+    """Refuse a tier that would write rows in the clear where they must not be.
+
+    Args:
+        asked: ``"auto"``, ``"none"`` or one tier.
+        encrypt: What lies on local disks must be encrypted.
+
+    Raises:
+        ConfigError: It would.
+    """
+    if asked == "disk" and encrypt:
+        raise ConfigError(
+            "cache='disk' would keep rows on the executors' disks in the clear, but spark.io.encryption.enabled=true. "
+            "Use cache='auto', which then keeps them in memory or on the GPU, or cache='none'."
+        )
+
+
 def plan_cache(asked: CacheTier, need: int, free: Free, budget: int | None = None) -> CachePlan:
     """Choose the tiers for ``need`` bytes of decoded rows.
 
@@ -123,14 +142,17 @@ def plan_cache(asked: CacheTier, need: int, free: Free, budget: int | None = Non
     return CachePlan(tuple(tiers), False, f"{_mib(need)} of this rank's rows in up to {kept}")
 
 
-def find_free(device: torch.device, local_world_size: int) -> Free:
-    """What one of ``local_world_size`` ranks of this host may use now: a part of what is free."""
+def find_free(device: torch.device, local_world_size: int, *, encrypt: bool = False) -> Free:
+    """What one of ``local_world_size`` ranks of this host may use now: a part of what is free.
+
+    No disk with ``encrypt``: rows that are kept there are mapped into memory as they are, which none can decrypt.
+    """
     on_device = None
     if device.type == "cuda":
         on_device = int(torch.cuda.mem_get_info(device)[0] * _SHARE["device"])
     memory = int(psutil.virtual_memory().available * _SHARE["memory"]) // local_world_size
     disk = int(shutil.disk_usage(local_directory() or tempfile.gettempdir()).free * _SHARE["disk"]) // local_world_size
-    return Free(on_device, memory, disk)
+    return Free(on_device, memory, None if encrypt else disk)
 
 
 def local_directory() -> str | None:

@@ -24,6 +24,7 @@ from petastorm.workers_pool.ventilator import ConcurrentVentilator
 from petastorm.workers_pool.worker_base import WorkerBase
 
 from sparkdl.errors import DataError
+from sparkdl.io.encryption import decryption_of
 from sparkdl.io.plan import Piece
 from sparkdl.storage import FileSystems
 
@@ -284,6 +285,7 @@ class _OpenFiles:
                 pre_buffer=not local,
                 read_dictionary=self._dictionaries,
                 coerce_int96_timestamp_unit="us",  # in nanoseconds, years before 1677 overflow
+                decryption_properties=decryption_of(path),
             )
         mine[path] = found
         return found

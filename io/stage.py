@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from sparkdl.config import Columns, Partitioning
 from sparkdl.errors import ConfigError, DataError
 from sparkdl.io.deal import check_partitioning, deal_rows
+from sparkdl.io.encryption import encrypted
 from sparkdl.io.plan import Piece, RowGroup, plan_pieces
 from sparkdl.io.remove import remove_staged
 from sparkdl.io.schema import (
@@ -156,7 +157,9 @@ class Spool:
 
 
 @contextlib.contextmanager
-def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequence[int]) -> Iterator[Spool]:
+def open_spool(
+    batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequence[int], *, encrypt: bool = False
+) -> Iterator[Spool]:
     """Write a rank's rows to its local disk, for the time of the block.
 
     The files have no names: they vanish with the process, however it dies.
@@ -165,8 +168,10 @@ def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequ
         batches: The rank's partition of `deal_rows`.
         columns: What to keep of it.
         shards: The rank's shards.
+        encrypt: Encrypt the files, see `sparkdl.io.encryption`.
 
     Raises:
+        ConfigError: They cannot be encrypted here.
         DataError: Rows that cannot be trained on, or a disk that is full.
     """
     directory = _local_directory()
@@ -174,6 +179,8 @@ def open_spool(batches: Iterator[pa.RecordBatch], columns: Columns, shards: Sequ
 
         def create(name: str) -> tuple[pa.NativeFile, str]:
             path = f"/dev/fd/{stack.enter_context(tempfile.TemporaryFile(dir=directory)).fileno()}"
+            if encrypt:
+                stack.enter_context(encrypted(path))
             return pa.OSFile(path, "wb"), path
 
         files = stack.enter_context(

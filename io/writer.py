@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparkdl.errors import DataError
+from sparkdl.io.encryption import encryption_of
 from sparkdl.io.plan import RowGroup
 
 __all__ = ["ROW_GROUP_BYTES", "RowGroupFiles"]
@@ -97,7 +98,12 @@ class _File:
         if self._writer is None:
             # Numbers that are read many times from a local disk: neither compression nor dictionaries pay.
             self._writer = pq.ParquetWriter(
-                self._sink, table.schema, compression="none", use_dictionary=False, write_statistics=False
+                self._sink,
+                table.schema,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=False,
+                encryption_properties=encryption_of(self._path),
             )
         self._writer.write_table(table, row_group_size=table.num_rows)
         self._rows.append(table.num_rows)

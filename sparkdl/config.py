@@ -243,6 +243,10 @@ class RunSpec:
     window_bytes: int = 64 << 20
     """Size of one shard's shuffle window in memory."""
 
+    encrypt_spool: bool = False
+    """Rows that ranks spool to their local disks are encrypted, and none are kept there in the clear. To be set where
+    ``spark.io.encryption.enabled`` is, which only the driver can see."""
+
     @property
     def num_shards(self) -> int:
         """Shards that the data is cut into."""

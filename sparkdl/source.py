@@ -17,7 +17,7 @@ from sparkdl.barrier.world import World
 from sparkdl.config import Columns, RunSpec
 from sparkdl.errors import DataError
 from sparkdl.io.batches import RankData, Reading
-from sparkdl.io.cache import Cache, find_free, plan_cache
+from sparkdl.io.cache import Cache, check_tier, find_free, plan_cache
 from sparkdl.io.decode import Decoder, Layout, Transform, stacked
 from sparkdl.io.feed import Standardise, row_nbytes
 from sparkdl.io.in_place import InPlace, physical_columns, select_rows
@@ -120,7 +120,7 @@ class Source:
         asked = config.cache
         if asked == "auto" and (decoder.is_random or (config.max_epochs == 1 and config.shuffle != "full")):
             asked = "none"
-        free = find_free(device, self.world.local_world_size)
+        free = find_free(device, self.world.local_world_size, encrypt=spec.encrypt_spool)
         data = RankData(
             plan=ShardPlan(shard_rows, config.batch_size),
             pieces=self.pieces,
@@ -209,8 +209,12 @@ def open_source(
         world: Who this rank is.
         batches: Its partition of the DataFrame; carries only the rank's number where rows are staged.
         transform: The user's function on columns.
+
+    Raises:
+        ConfigError: Rows would lie on a local disk in the clear where they must not.
     """
     config, columns = spec.config, spec.columns
+    check_tier(config.cache, encrypt=spec.encrypt_spool)
     decoder = Decoder(columns, transform, native=in_place is not None, seed=config.seed)
     settings: dict[str, Any] = {
         "seed": config.seed,
@@ -221,7 +225,7 @@ def open_source(
     fingerprint = ShardPlan((0,) * spec.num_shards, config.batch_size).fingerprint(**settings)
     if staged is None:
         shards = shards_of(world.rank, world.world_size, spec.num_shards)
-        with open_spool(batches, columns, shards) as spool:
+        with open_spool(batches, columns, shards, encrypt=spec.encrypt_spool) as spool:
             whole = {shard: [Piece(group, 0, group.rows) for group in groups] for shard, groups in spool.shards.items()}
             validation = [Piece(group, 0, group.rows) for group in spool.validation]
             reading = Reading([column.field for column in columns])
