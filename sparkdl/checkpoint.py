@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import queue
 import re
 import struct
@@ -366,8 +367,7 @@ class CheckpointStore:
         started = time.monotonic()
         with self._reporting(f"The checkpoint of step {step} cannot be written to"):
             file_system, root = self._open()
-            taken = self._names(file_system, root)
-            name = next(name for name in _candidates(step) if name not in taken)
+            name = _free_name(step, self._names(file_system, root))
             put = functools.partial(_put, file_system, f"{root}/{name}")
             try:
                 file_system.create_dir(f"{root}/{name}", recursive=True)
@@ -414,15 +414,8 @@ class CheckpointStore:
 
     def _names(self, file_system: FileSystem, root: str) -> list[str]:
         """Names of all checkpoints and beginnings of such, the newest first."""
-        if isinstance(file_system, PyFileSystem):
-            file_system.handler.fs.invalidate_cache()  # fsspec remembers listings, and others write here as well
-        entries = file_system.get_file_info(FileSelector(root, allow_not_found=True))
-        found = {
-            (int(match[1]), int(match[2] or 0)): entry.base_name
-            for entry in entries
-            if entry.type == FileType.Directory and (match := _NAME.fullmatch(entry.base_name))
-        }
-        return [found[key] for key in sorted(found, reverse=True)]
+        found = [match for name in _list(file_system, root) if (match := _NAME.fullmatch(name))]
+        return [match[0] for match in sorted(found, key=lambda m: (int(m[1]), int(m[2] or 0)), reverse=True)]
 
     @contextlib.contextmanager
     def _reporting(self, task: str) -> Iterator[None]:
@@ -453,12 +446,25 @@ def _password(url: str) -> str:
         return ""
 
 
-def _candidates(step: int) -> Iterator[str]:
-    yield f"step-{step:012d}"
-    number = 1
-    while True:
-        yield f"step-{step:012d}.{number}"
-        number += 1
+def _free_name(step: int, newest_first: Iterable[str]) -> str:
+    """A name for a step that comes after all others of that step."""
+    same_step = (match for name in newest_first if (match := _NAME.fullmatch(name)) and int(match[1]) == step)
+    last = next(same_step, None)
+    return f"step-{step:012d}" if last is None else f"step-{step:012d}.{int(last[2] or 0) + 1}"
+
+
+def _list(file_system: FileSystem, path: str) -> set[str]:
+    """The names in a directory; none where there is no such directory, an error where that cannot be told."""
+    try:
+        if not isinstance(file_system, PyFileSystem):
+            return {info.base_name for info in file_system.get_file_info(FileSelector(path))}
+        # Past pyarrow's handler, which takes a store that does not answer for an empty one.
+        inner = file_system.handler.fs
+        inner.invalidate_cache()  # others write here as well
+        names = [str(name).rstrip("/") for name in inner.ls(path, detail=False)]
+        return {posixpath.basename(name) for name in names if name.strip("/") != path.strip("/")}
+    except FileNotFoundError:
+        return set()
 
 
 def _put(file_system: FileSystem, folder: str, file: str, pieces: Iterable[Any]) -> tuple[int, str]:
@@ -499,11 +505,10 @@ def _digest(body: Any) -> str:
 
 
 def _read_manifest(file_system: FileSystem, root: str, name: str) -> _Manifest:
-    try:
-        with file_system.open_input_stream(f"{root}/{name}/{_MANIFEST}") as source:
-            text = source.read()
-    except FileNotFoundError:
-        raise _IncompleteError(f"{_MANIFEST} is missing") from None
+    if _MANIFEST not in _list(file_system, f"{root}/{name}"):
+        raise _IncompleteError(f"{_MANIFEST} is missing")
+    with file_system.open_input_stream(f"{root}/{name}/{_MANIFEST}") as source:
+        text = source.read()
     try:
         found = json.loads(text)
         body = found["manifest"]
