@@ -85,6 +85,9 @@ def launch_stage(
     world_size: int,
     run_id: str,
     on_event: Callable[[Event], None] | None = None,
+    attempt: int = 1,
+    timeouts: Any = None,
+    directory: str | None = None,
 ) -> list[list[bytes]]:
     """Run ``body`` in one barrier task per partition of ``source``.
 

@@ -17,6 +17,8 @@ from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
 from sparkdl.barrier.launch import chunks
 from sparkdl.barrier.rendezvous import Entry, error_of
+from sparkdl.batch import Batch
+from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore
 from sparkdl.config import Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
 from sparkdl.io.batches import RankData
@@ -26,6 +28,7 @@ from sparkdl.io.stage import Facts, StagedDataset
 from sparkdl.objective import Objective
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
+from sparkdl.saver import Saver, told_to_stop
 from sparkdl.serialization import dump_weights
 from sparkdl.source import Source, open_source
 from sparkdl.trainer import History, Trainer
@@ -50,6 +53,7 @@ class RankResult:
         cache: Where decoded rows were kept, in words.
         vocabularies: Words that were learnt, by column.
         moments: Mean and scale of the inputs that were standardised, by field.
+        resumed: Optimizer steps that were done before this attempt began.
     """
 
     history: History
@@ -64,6 +68,7 @@ class RankResult:
     cache: str
     vocabularies: dict[str, list[str]]
     moments: dict[str, list[list[float]]]
+    resumed: int
 
     def to_chunks(self) -> Iterator[bytes]:
         """The result in pieces that a Spark row carries easily."""
@@ -101,6 +106,7 @@ def run_rank(
         SparkdlError: What any rank found wrong before joining; the same on every rank.
     """
     config = spec.config
+    store = None if spec.checkpoint_url is None else CheckpointStore(spec.checkpoint_url, keep=config.keep_checkpoints)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(config.seed)  # of the weights of lazy modules
@@ -123,15 +129,17 @@ def run_rank(
                 except ConfigError as found:
                     # Told to the others beside the layouts: rows of different shapes explain it better.
                     error = asdict(rank.failure(found))
+            newest = store.newest() if store is not None and rank.world.rank == 0 and spec.attempt > 1 else None
             facts = {
                 **source.facts(),
+                "checkpoint": newest and newest.name,
                 "layout": layout_of(sample, spec.columns) if sample is not None else None,
                 "unused": unused,
                 "outputs": outputs,
                 "error": error,
             }
             fingerprint = json.dumps([spec.run_id, device.type, source.fingerprint])
-            return fingerprint, facts, _Ready(source, module, objective, optimizer, device)
+            return fingerprint, facts, _Ready(source, module, objective, optimizer, device, sample)
 
         entries, ready = rank.agree(prepare)
         with rank.unanimously():
@@ -157,19 +165,27 @@ def run_rank(
             collective_timeout=config.timeouts.collective,
         ):
             data, learnt = ready.source.open_data(found.shard_rows, found.layout, device, threads)
-            if rank.world.rank == 0:
-                _announce(spec, rank, device, threads, data)
             strategy = DataParallel(rank.world.hosts)
-            strategy.prepare(module, objective, ready.optimizer, find_unused_parameters=found.unused)
-            trainer = Trainer(
-                strategy,
-                objective,
-                config,
-                device=device,
-                has_validation=found.has_validation,
-                report=_reporter(rank),
-            )
-            history = trainer.fit(data)
+            example = _example(ready.sample, found.layout, spec.columns, device)
+            strategy.prepare(module, objective, ready.optimizer, find_unused_parameters=found.unused, example=example)
+            with _open_saver(store, spec, data.plan.num_steps) as saver:
+                trainer = Trainer(
+                    strategy,
+                    objective,
+                    config,
+                    device=device,
+                    has_validation=found.has_validation,
+                    report=_reporter(rank),
+                    saver=saver,
+                )
+                name = entries[0].facts["checkpoint"]
+                if store is not None and name is not None:
+                    trainer.load_state_dict(data, store.load(name))
+                epoch, step = data.position
+                resumed = epoch * data.plan.num_steps + step
+                if rank.world.rank == 0:
+                    _announce(spec, rank, device, threads, data, resumed)
+                history = trainer.fit(data)
             strategy.close()
         result = RankResult(
             history=history,
@@ -184,6 +200,7 @@ def run_rank(
             cache=data.cache.plan.reason,
             vocabularies=learnt.vocabularies,
             moments=learnt.moments,
+            resumed=resumed,
         )
         yield from result.to_chunks()
 
@@ -197,6 +214,7 @@ class _Ready:
     objective: Objective
     optimizer: OptimizerRecipe
     device: torch.device
+    sample: Mapping[str, torch.Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +347,36 @@ def materialise(module: nn.Module, inputs: Sequence[tuple[str, Sequence[int]]]) 
         _forward(module.eval(), zeros)
 
 
-def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: int, data: RankData) -> None:
+def _example(
+    sample: Mapping[str, torch.Tensor] | None, layout: Layout, columns: Columns, device: torch.device
+) -> Batch:
+    """Rows of this rank to try a step with; a batch of no rows where it has none."""
+    rows = sample or {
+        field: torch.empty((0, *shape), dtype=getattr(torch, dtype)) for field, (dtype, shape) in layout.items()
+    }
+    return Batch(
+        tuple(rows[column.field] for column in columns.inputs),
+        tuple(rows[column.field] for column in columns.labels),
+        None if columns.weight is None else rows[columns.weight.field],
+    ).to(device)
+
+
+@contextlib.contextmanager
+def _open_saver(store: CheckpointStore | None, spec: RunSpec, steps_per_epoch: int) -> Iterator[Saver | None]:
+    """Writes checkpoints, where the run has a place for them; from then on SIGTERM asks for one."""
+    if store is None:
+        yield None
+        return
+    config = spec.config
+    writer = AsyncWriter(store, timeout=config.timeouts.checkpoint)
+    schedule = CheckpointSchedule(config.checkpoint_interval, config.checkpoint_seconds, steps_per_epoch)
+    with told_to_stop() as stopped, Saver(writer, schedule, stopped=stopped) as saver:
+        yield saver
+
+
+def _announce(
+    spec: RunSpec, rank: RankContext, device: torch.device, threads: int, data: RankData, resumed: int
+) -> None:
     """Tell the driver what was chosen."""
     rank.channel.send(
         "plan",
@@ -342,6 +389,7 @@ def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: i
         world_size=rank.world.world_size,
         device=str(device),
         threads=threads,
+        resumed=resumed,
     )
 
 

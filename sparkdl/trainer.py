@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +19,9 @@ from sparkdl.io.exchange import all_gather_rows
 from sparkdl.io.plan import ShardPlan, plan_deal
 from sparkdl.objective import Objective
 from sparkdl.parallel import Strategy
+from sparkdl.saver import Saver
 
-__all__ = ["EpochData", "Trainer"]
+__all__ = ["Clock", "EpochData", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,14 @@ class EpochData(Protocol):
         """Epoch and step of the batch that comes next."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the data this rank is; equal on all ranks."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        ...
+
     def deal(self, shards: Sequence[int]) -> None:
         """Read these shards from the next epoch on."""
         ...
@@ -60,6 +70,19 @@ class EpochData(Protocol):
         ...
 
 
+class Clock(Protocol):
+    """Told where the loop is; `sparkdl.barrier.watchdog.ProgressClock` is one."""
+
+    def at(self, phase: str, step: int) -> None:
+        """The loop is in this phase, after this many optimizer steps."""
+        ...
+
+
+class _NoClock:
+    def at(self, phase: str, step: int) -> None:
+        """Nobody asks."""
+
+
 class Trainer:
     """Trains a prepared `Strategy` on the batches of this rank.
 
@@ -70,6 +93,8 @@ class Trainer:
         device: Where the module is.
         has_validation: True where any rank has validation rows.
         report: Called with progress a few times per second.
+        clock: Told where the loop is.
+        saver: Writes checkpoints; None writes none.
     """
 
     def __init__(
@@ -81,6 +106,8 @@ class Trainer:
         device: torch.device,
         has_validation: bool = False,
         report: Report = lambda event: None,
+        clock: Clock | None = None,
+        saver: Saver | None = None,
     ) -> None:
         self._strategy = strategy
         self._objective = objective
@@ -88,74 +115,166 @@ class Trainer:
         self._device = device
         self._has_validation = has_validation
         self._report = report
+        self._clock = clock or _NoClock()
+        self._saver = saver
+        self._history: History = []
+        self._sums = _Sums(torch.zeros((), dtype=torch.float64, device=device))
 
     def fit(self, data: EpochData) -> History:
-        """Train for all epochs.
+        """Train for all epochs, or those that are left after `load_state_dict`.
+
+        A rank that was told to stop ends it with `sparkdl.saver.Preempted`, once the state is saved.
 
         Returns:
             One record per epoch, equal on all ranks: epoch (from 1), step (optimizer steps so far), rows (read by all
             ranks), loss (mean over the rows of the epoch, as they were met), seconds, rows_per_second, data_wait (share
             of the time that the loop waited for data, mean over ranks), shard_rows_min, shard_rows_max and skew (the
-            largest shard by the mean) and, with validation rows, validation_loss.
+            largest shard by the mean); with checkpoints, checkpoint (seconds that saving held up the loop); and with
+            validation rows, validation_loss.
+
+        Raises:
+            FloatingPointError: The loss is no longer a number.
         """
-        history: History = []
-        shard_rows = data.plan.shard_rows
+        plan = data.plan
         first, step = data.position
         for epoch in range(first, self._config.max_epochs):
-            started = time.perf_counter()
-            sums = self._train_epoch(data, epoch, step)
-            step = 0
-            seconds = time.perf_counter() - started
-            loss, denominator, waited, rows = self._over_ranks(sums.loss, sums.denominator, sums.waited, sums.rows)
-            record = {
-                "epoch": epoch + 1,
-                "step": (epoch + 1) * data.plan.num_steps,
-                "rows": int(rows),
-                "loss": loss / (denominator or 1.0),
-                "seconds": seconds,
-                "rows_per_second": rows / seconds,
-                "data_wait": waited / dist.get_world_size() / seconds,
-                "shard_rows_min": min(shard_rows),
-                "shard_rows_max": max(shard_rows),
-                "skew": max(shard_rows) * len(shard_rows) / (sum(shard_rows) or 1),
-            }
+            due = self._train_epoch(data, epoch, step)
+            whole, step, sums = step == 0, 0, self._sums
+            self._sums = _Sums(torch.zeros_like(sums.loss))
+            record = self._record(plan, epoch, sums)
             if self._has_validation:
+                self._clock.at("validation", record["step"])
                 record["validation_loss"] = self._validate(data)
-            history.append(record)
+            self._history.append(record)
             self._report({**record, "event": "epoch"})
-            if self._config.balance_shards:
+            if due:
+                self._save(data, record["step"])
+            if self._config.balance_shards and whole:
                 self._balance(data, sums)
-        return history
+        return self._history
 
-    def _train_epoch(self, data: EpochData, epoch: int, first: int) -> "_Sums":
-        """The steps of an epoch from ``first`` on."""
-        plan, config, strategy = data.plan, self._config, self._strategy
+    def _train_epoch(self, data: EpochData, epoch: int, first: int) -> bool:
+        """The steps of an epoch from ``first`` on; counts in ``self._sums``.
+
+        Returns:
+            True where a checkpoint is due at the end of the epoch.
+        """
+        plan, config, strategy, clock, saver, sums = (
+            data.plan, self._config, self._strategy, self._clock, self._saver, self._sums,
+        )  # fmt: skip
         rank = dist.get_rank()
         strategy.module.train()
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        denominator_sum = waited = 0.0
-        rows = 0
-        busy = strategy.busy_seconds
-        shown = time.perf_counter()
+        began, busy = time.perf_counter(), strategy.busy_seconds
+        shown, due = began, False
+        done = epoch * plan.num_steps + first
         with data.open_epoch(epoch) as batches:
             for step in range(first, plan.num_steps):
+                clock.at("data", done)
                 asked = time.perf_counter()
                 batch = next(batches).to(self._device)
-                waited += time.perf_counter() - asked
+                sums.waited += time.perf_counter() - asked
 
+                clock.at("compute", done)
                 torch.manual_seed(_step_seed(config.seed, epoch, step, rank))
                 own, everyone = self._denominators(batch, plan.batch_rows(step))
-                total += strategy.train_step(batch, everyone, config.micro_batch_size)
-                denominator_sum += own
-                rows += batch.rows
+                done += 1
+                if saver is not None:
+                    saver.ask(done)
+                sums.loss += strategy.train_step(batch, everyone, config.micro_batch_size)
+                sums.denominator += own
+                sums.rows += batch.rows
 
                 now = time.perf_counter()
                 if now - shown > _REPORT_SECONDS:
                     shown = now
-                    loss = float(total) / (denominator_sum or 1.0)
+                    loss = self._checked_loss(float(sums.loss), sums.denominator, done)
                     self._report({"event": "step", "epoch": epoch + 1, "step": step + 1, "loss": loss})
-        busy = strategy.busy_seconds - busy
-        return _Sums(float(total), denominator_sum, rows, waited, busy)
+                if saver is not None:
+                    due = saver.agreed()
+                    if due and step + 1 < plan.num_steps:  # the last one waits for the epoch's record
+                        sums.seconds += now - began
+                        began = now
+                        self._save(data, done)
+        sums.seconds += time.perf_counter() - began
+        sums.busy = strategy.busy_seconds - busy
+        return due
+
+    def _record(self, plan: ShardPlan, epoch: int, sums: "_Sums") -> dict[str, Any]:
+        """What history says of an epoch; the same on all ranks, except for the seconds."""
+        shard_rows, seconds = plan.shard_rows, sums.seconds
+        step = (epoch + 1) * plan.num_steps
+        loss, denominator, waited, rows = self._over_ranks(float(sums.loss), sums.denominator, sums.waited, sums.rows)
+        record = {
+            "epoch": epoch + 1,
+            "step": step,
+            "rows": int(rows),
+            "loss": self._checked_loss(loss, denominator, step),
+            "seconds": seconds,
+            "rows_per_second": rows / seconds,
+            "data_wait": waited / dist.get_world_size() / seconds,
+            "shard_rows_min": min(shard_rows),
+            "shard_rows_max": max(shard_rows),
+            "skew": max(shard_rows) * len(shard_rows) / (sum(shard_rows) or 1),
+        }
+        if self._saver is not None:
+            record["checkpoint"] = self._saver.take_stalled_seconds()
+        return record
+
+    @staticmethod
+    def _checked_loss(loss: float, denominator: float, step: int) -> float:
+        """The mean loss.
+
+        Raises:
+            FloatingPointError: It is no number.
+        """
+        mean = loss / (denominator or 1.0)
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"The loss is {mean} after step {step}: the weights are of no use any more. Use a smaller learning "
+                "rate, clip gradients, or look for inputs and labels of extreme size."
+            )
+        return mean
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+    def _save(self, data: EpochData, step: int) -> None:
+        """Save what the run needs to go on after a step; every rank calls it after the same step."""
+        assert self._saver is not None
+        self._clock.at("checkpoint", step)
+        sums = self._sums
+        loss, denominator, waited, rows, seconds = self._over_ranks(
+            float(sums.loss), sums.denominator, sums.waited, sums.rows, sums.seconds
+        )
+        self._checked_loss(loss, denominator, step)  # what is of no use is not saved
+        state = {
+            "strategy": self._strategy.state_dict(),
+            "reader": data.state_dict(),
+            "history": self._history,
+            "sums": {
+                "loss": loss,
+                "denominator": denominator,
+                "waited": waited,
+                "rows": int(rows),
+                "seconds": seconds / dist.get_world_size(),
+            },
+        }
+        self._saver.save(step, state, {"epoch": data.position[0], "world_size": dist.get_world_size()})
+
+    def load_state_dict(self, data: EpochData, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was written, on as many ranks as there are now.
+
+        Raises:
+            ConfigError: The checkpoint belongs to other data.
+        """
+        data.load_state_dict(state["reader"])
+        self._strategy.load_state_dict(state["strategy"])
+        self._history = list(state["history"])
+        sums = state["sums"]
+        self._sums.seconds = sums["seconds"]
+        if dist.get_rank() == 0:  # they are sums over all ranks
+            self._sums.loss.fill_(sums["loss"])
+            self._sums.denominator, self._sums.waited, self._sums.rows = (
+                sums["denominator"], sums["waited"], sums["rows"],
+            )  # fmt: skip
 
     def _balance(self, data: EpochData, sums: "_Sums") -> None:
         """Deal the shards anew where ranks differ in speed; every rank comes to the same result."""
@@ -199,23 +318,25 @@ class Trainer:
         return tuple(summed.tolist())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sums:
-    """What one rank counted in an epoch.
+    """What one rank has counted in an epoch so far.
 
     Attributes:
-        loss: Sum of its losses.
+        loss: Sum of its losses, shape (), float64.
         denominator: What they are divided by.
         rows: Rows that it trained on.
         waited: Seconds that its loop waited for data.
         busy: Seconds that it computed, without waiting for other ranks.
+        seconds: Seconds of the epoch.
     """
 
-    loss: float
-    denominator: float
-    rows: int
-    waited: float
-    busy: float
+    loss: torch.Tensor
+    denominator: float = 0.0
+    rows: int = 0
+    waited: float = 0.0
+    busy: float = 0.0
+    seconds: float = 0.0
 
 
 def _step_seed(seed: int, *counters: int) -> int:

@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from sparkdl.batch import Batch
 from sparkdl.io.exchange import broadcast_state
 from sparkdl.objective import Objective
 from sparkdl.optimizer import OptimizerRecipe
+from sparkdl.serialization import load_state, state_of
 
 __all__ = ["DataParallel"]
 
@@ -25,13 +27,21 @@ class DataParallel:
 
     Args:
         hosts: Host of every rank; decides on the way that the initial weights take.
+        on_computed: Called in every step when this rank has computed its part, and begins to wait for the others.
     """
 
-    def __init__(self, hosts: Sequence[str] = ()) -> None:
+    def __init__(self, hosts: Sequence[str] = (), *, on_computed: Callable[[], None] = lambda: None) -> None:
         self._hosts = hosts
+        self._on_computed = on_computed
 
     def prepare(
-        self, module: nn.Module, objective: Objective, optimizer: OptimizerRecipe, *, find_unused_parameters: bool
+        self,
+        module: nn.Module,
+        objective: Objective,
+        optimizer: OptimizerRecipe,
+        *,
+        find_unused_parameters: bool,
+        example: Batch,
     ) -> None:
         """Broadcast rank 0's weights and build the optimizer."""
         device = next(module.parameters()).device
@@ -49,11 +59,29 @@ class DataParallel:
         )
         self._optimizer = optimizer.build([value for value in module.parameters() if value.requires_grad])
         self._world_size = dist.get_world_size()
+        if self._world_size > 2:
+            self._warm_up(example)
         self._busy = self._begun = 0.0
         # In the backward pass the first layer's gradients come last: when they are there this rank has computed its
         # part, and what is left of the step is waiting for the others.
         first = next(value for value in module.parameters() if value.requires_grad)
         first.register_post_accumulate_grad_hook(lambda _: self._computed())
+
+    def _warm_up(self, example: Batch) -> None:
+        """A backward pass that changes nothing but the order of DDP's buckets.
+
+        DDP puts gradients into buckets by the order in which the first backward pass brings them, and with it changes
+        the order of summation over three and more ranks. A resumed run must not sum its first step in another order
+        than the run that it goes on with.
+        """
+        buffers = [value.clone() for value in self._step.buffers()]
+        devices = [value.device for value in example.inputs if value.device.type == "cuda"][:1]
+        with torch.random.fork_rng(devices=devices):
+            self._step(example.inputs, example.labels, example.weight).backward()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for value, before in zip(self._step.buffers(), buffers, strict=True):
+                value.copy_(before)
 
     def train_step(self, batch: Batch, denominator: float, micro_batch_size: int | None) -> Tensor:
         """See `Strategy.train_step`."""
@@ -76,11 +104,21 @@ class DataParallel:
         now = time.perf_counter()
         self._busy += now - self._begun
         self._begun = now
+        self._on_computed()
 
     @property
     def busy_seconds(self) -> float:
         """See `Strategy.busy_seconds`."""
         return self._busy
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Strategy.state_dict`."""
+        return {"module": state_of(self._module), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Strategy.load_state_dict`."""
+        load_state(self._module, state["module"])
+        self._optimizer.load_state_dict(dict(state["optimizer"]))
 
     def close(self) -> None:
         """Let go of the process group while others still hold it.

@@ -1,6 +1,7 @@
 """The questions that the training loop asks of a way to train in parallel."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,9 +16,23 @@ class Strategy(Protocol):
     """Holds the module and its optimizer, and takes steps with the other ranks."""
 
     def prepare(
-        self, module: nn.Module, objective: Objective, optimizer: OptimizerRecipe, *, find_unused_parameters: bool
+        self,
+        module: nn.Module,
+        objective: Objective,
+        optimizer: OptimizerRecipe,
+        *,
+        find_unused_parameters: bool,
+        example: Batch,
     ) -> None:
-        """Take over a module that is on its device and equal on all ranks; the process group is up."""
+        """Take over a module that is on its device; the process group is up.
+
+        Args:
+            module: The module; rank 0's weights are everyone's.
+            objective: The loss as sum and denominator.
+            optimizer: How to make the optimizer.
+            find_unused_parameters: True where some parameters have no part in the output.
+            example: Some of this rank's rows; none where it has none.
+        """
         ...
 
     def train_step(self, batch: Batch, denominator: float, micro_batch_size: int | None) -> Tensor:
@@ -31,6 +46,14 @@ class Strategy(Protocol):
         Returns:
             Sum of this rank's losses, detached, shape ().
         """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, as `sparkdl.checkpoint.flatten_state` takes it; not copied."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; after `prepare`."""
         ...
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ LAYERS = (
     ("estimator", "fitting", "checks", "model", "params", "persistence"),
     ("task", "source", "predict"),
     ("trainer",),
-    ("parallel", "checkpoint", "objective", "optimizer", "serialization", "progress"),
+    ("parallel", "checkpoint", "saver", "objective", "optimizer", "serialization", "progress"),
     ("barrier", "io"),
     ("errors", "config", "storage", "batch"),
 )
@@ -42,6 +42,9 @@ SPARK_FREE = (
     "parallel",
     "objective",
     "optimizer",
+    "checkpoint",
+    "saver",
+    "serialization",
     "barrier.world",
     "barrier.device",
     "barrier.process_group",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparkdl.batch import Batch
 from sparkdl.config import TrainConfig
 from sparkdl.errors import ConfigError
 from sparkdl.io.batches import RankData, Reading
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 
 RANKS, SHARDS, ROWS, BATCH, EPOCHS = 2, 8, 400, 40, 5
 SECONDS_PER_ROW = (0.0005, 0.0015)
+NO_ROWS = Batch((torch.zeros(0, WIDTH),), (torch.zeros(0, dtype=torch.int64),))
 LAYOUT = {"input_0": ("float32", (WIDTH,)), "label_0": ("int64", ())}
 
 
@@ -74,7 +76,9 @@ def fit(*, balance: bool) -> tuple[History, Tensor, int]:
         data = open_rows(folder)
         config = TrainConfig(max_epochs=EPOCHS, batch_size=BATCH, balance_shards=balance)
         objective, strategy = Objective(squared), DataParallel()
-        strategy.prepare(Slow(), objective, OptimizerRecipe("sgd", 0.01, {}), find_unused_parameters=False)
+        strategy.prepare(
+            Slow(), objective, OptimizerRecipe("sgd", 0.01, {}), find_unused_parameters=False, example=NO_ROWS
+        )
         history = Trainer(strategy, objective, config, device=torch.device("cpu")).fit(data)
         weights = torch.cat([value.detach().flatten() for value in strategy.module.parameters()])
         strategy.close()

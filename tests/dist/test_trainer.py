@@ -160,7 +160,7 @@ def train(case: Case, events: list[dict[str, Any]] | None = None) -> dict[str, A
             for parameter in module.parameters():
                 parameter.add_(1)
     strategy = DataParallel()
-    strategy.prepare(module, objective, case.recipe(), find_unused_parameters=False)
+    strategy.prepare(module, objective, case.recipe(), find_unused_parameters=False, example=rows_of(0, 2))
     report = (lambda event: None) if events is None else events.append
     trainer = Trainer(
         strategy, objective, config, device=torch.device("cpu"), has_validation=True, report=report

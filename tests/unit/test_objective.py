@@ -473,11 +473,14 @@ def group_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+NO_ROWS = Batch((torch.zeros(0, FEATURES),), (torch.zeros(0),))
+
+
 def strategy_of(module: nn.Module, loss: Callable[..., Tensor], rate: float = 0.1) -> DataParallel:
     """A strategy that takes plain gradient steps."""
     strategy = DataParallel()
     recipe = OptimizerRecipe("sgd", rate)
-    strategy.prepare(module, Objective(loss), recipe, find_unused_parameters=False)
+    strategy.prepare(module, Objective(loss), recipe, find_unused_parameters=False, example=NO_ROWS)
     return strategy
 
 

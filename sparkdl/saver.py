@@ -1,0 +1,134 @@
+"""Saving a run's state at steps on which all ranks agree.
+
+Before each step the ranks exchange two numbers in the background: whether rank 0 finds a checkpoint due, and whether
+any rank was told to stop. The answer is there when the step is done, and equal on all ranks.
+"""
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule
+from sparkdl.errors import CheckpointError
+
+__all__ = ["Preempted", "Saver", "told_to_stop"]
+
+logger = logging.getLogger(__name__)
+
+
+class Preempted(Exception):
+    """A rank was told to stop; what the ranks had done is saved."""
+
+
+class Saver:
+    """Writes checkpoints from rank 0 while the ranks go on; use as a context manager, while the process group is up.
+
+    Args:
+        writer: Where to; used on rank 0 alone.
+        schedule: When.
+        stopped: True once this process was told to stop.
+    """
+
+    def __init__(
+        self, writer: AsyncWriter, schedule: CheckpointSchedule, *, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._writer = writer
+        self._schedule = schedule
+        self._stopped = stopped
+        self._rank = dist.get_rank()
+        # The answer must not wait for a GPU.
+        self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._due = False
+        self._saved = time.monotonic()
+        self._stalled = 0.0
+
+    def __enter__(self) -> "Saver":
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._writer.__exit__(kind, error, traceback)
+        except CheckpointError as late:
+            if error is None:
+                logger.warning("the last checkpoint is missing: %s", late)  # the model is trained all the same
+
+    def take_stalled_seconds(self) -> float:
+        """Seconds for which saving has held up this rank since this was asked last."""
+        stalled, self._stalled = self._stalled, 0.0
+        return stalled
+
+    def ask(self, step: int) -> None:
+        """Ask the other ranks whether all save after this step.
+
+        Args:
+            step: Optimizer steps of the run when this one will be done.
+        """
+        if self._rank == 0:
+            self._due = self._due or self._schedule.by_step(step)
+            self._due = self._due or self._schedule.by_time(time.monotonic(), self._saved)
+        ready = self._due and not self._writer.busy
+        self._answers = torch.tensor([ready, self._stopped()], dtype=torch.int32)
+        self._asked = dist.all_reduce(self._answers, group=self._group, async_op=True)
+
+    def agreed(self) -> bool:
+        """Whether all ranks save now; the answer to the last `ask`."""
+        self._asked.wait()
+        return bool(self._answers.any())
+
+    def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
+        """Hand the state to the writer; after an answer of `agreed`.
+
+        Args:
+            step: Optimizer steps of the run so far.
+            state: As `sparkdl.checkpoint.flatten_state` takes it.
+            facts: What shall be known of the checkpoint without reading its state.
+
+        Raises:
+            Preempted: A rank was told to stop. The state is on storage by then.
+        """
+        began = time.monotonic()
+        stop = bool(self._answers[1])
+        if self._rank == 0:
+            if stop:
+                self._writer.wait()
+            self._writer.save(step, state, facts)
+            self._due, self._saved = False, began
+            if stop:
+                self._writer.wait()
+        self._stalled += time.monotonic() - began
+        if stop:
+            dist.barrier(group=self._group)  # the others must not end the run before its state is on storage
+            raise Preempted(f"a rank was told to stop (SIGTERM); the state after step {step} was saved")
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether this process has been sent SIGTERM during the block, in which that does not end it.
+
+    Only the main thread may ask for signals; elsewhere SIGTERM does what it did.
+    """
+    told = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: told
+    finally:
+        signal.signal(signal.SIGTERM, before)
