@@ -187,6 +187,7 @@ def test_tied_tensors_are_stored_once_and_come_back_as_one(folder: str) -> None:
 def test_overlapping_tensors_are_stored_each_with_its_values(folder: str) -> None:
     base = torch.arange(10)
     state = {"head": base[:6], "tail": base[4:], "all": base, "reshaped": base.view(2, 5)}
+    state.update(square=base[:9].view(3, 3), turned=base[:9].view(3, 3).T, bytes=base.view(torch.float64))
     store = CheckpointStore(folder)
     assert same(store.load(store.write(1, state, {})), state)
 
@@ -669,6 +670,25 @@ def test_a_store_that_goes_away_is_not_taken_for_an_empty_one(tmp_path: Path, fa
         store.newest()
 
 
+def test_an_error_that_repeats_a_secret_is_told_without_it(
+    tmp_path: Path, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(f"faulty://{tmp_path}", storage_options={"token": SECRETS[1]})
+    store.write(1, {}, {})
+
+    def talkative(operation: str, path: str, size: int) -> None:
+        if operation in ("read", "delete") or "latest" in path or "000002" in path:
+            raise PermissionError(f"token {SECRETS[1]} has expired")
+
+    faults(talkative)
+    assert store.newest() is None
+    with pytest.raises(CheckpointError, match=r"^The checkpoint of step 2 .*: token \*\*\* has expired\. Check"):
+        store.write(2, {}, {})
+    store.write(3, {}, {})
+    assert [text.count("token *** has expired.") for text in caplog.messages] == [1, 1]
+    assert SECRETS[1] not in caplog.text + repr(store)
+
+
 def test_a_file_system_that_nobody_knows_is_a_matter_of_settings() -> None:
     store = CheckpointStore("nosuch://host/run")
     for use in (lambda: store.newest(), lambda: store.write(1, {}, {})):
@@ -828,8 +848,11 @@ def test_a_write_that_fails_does_not_stop_the_training(
     assert names(tmp_path) == ["step-000000000003"]
     assert [checkpoint.step for checkpoint in writer.written] == [1, 3]
     (failure,) = writer.failures
-    assert re.search(r"^The checkpoint of step 2 cannot be written to 'faulty:.*': .*No space left", failure)
-    assert caplog.messages == [f"{failure} The training goes on."]
+    assert re.search(
+        r"^The checkpoint of step 2 cannot be written to 'faulty:.*': .*No space left.* The training goes on\.$",
+        failure,
+    )
+    assert caplog.messages == [failure]
 
 
 def test_a_store_that_does_not_exist_does_not_stop_the_training() -> None:
@@ -844,6 +867,21 @@ def test_state_that_cannot_be_stored_is_told_at_once(folder: str) -> None:
             writer.save(1, {"module": {"extra": set()}}, {})
         assert writer.save(1, {}, {})
     assert len(writer.written) == 1
+
+
+def test_a_state_for_which_memory_does_not_suffice_does_not_stop_the_training(
+    folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with AsyncWriter(CheckpointStore(folder), timeout=LIMIT) as writer:
+        assert not writer.save(1, {"huge": torch.ones(1).expand(1 << 45)}, {})
+        assert not writer.busy
+        assert writer.save(2, state_of(2), {})
+    (failure,) = writer.failures
+    assert re.search(
+        r"^The checkpoint of step 1 cannot be copied to host memory: .*alloc.*\. The training goes on", failure
+    )
+    assert caplog.messages == [failure]
+    assert [checkpoint.step for checkpoint in writer.written] == [2]
 
 
 def test_a_write_that_takes_too_long_is_told(tmp_path: Path, valve: Valve, caplog: pytest.LogCaptureFixture) -> None:
