@@ -305,5 +305,7 @@ def _first_cause(error: Exception, failures: dict[int, Failure]) -> SparkdlError
     lead = "A rank's process died without a word (killed, or out of memory?). " if silent else ""
     seen = "".join(f"\n  rank {rank}: {known[rank].message}" for rank in sorted(known))
     return TrainingFailedError(
-        f"{lead}Spark says: {reason}" + (f"\nThe other ranks saw only the consequence:{seen}" if seen else ""), known
+        f"{lead}Spark says: {reason}" + (f"\nThe other ranks saw only the consequence:{seen}" if seen else ""),
+        known,
+        lost=silent,
     )
