@@ -100,7 +100,8 @@ def to_array(array: pa.Array, column: Column, batch: Rows | None = None, width: 
     values = _numbers(array, source) if column.kind == "scalar" else _matrix(array, source, width, column.shape)
     if values.dtype.kind == "f" and dtype.kind == "f":
         values = values.astype(dtype, copy=False)  # what no float32 can hold becomes infinite, and is refused as such
-    check_values(values, source)
+    if not (column.kind == "vector" and column.validity == "finite" and _stores_few_finite(array, values)):
+        check_values(values, source)
     values = np.ascontiguousarray(values, dtype)
     return values.reshape(-1, *column.shape) if column.shape else values
 
@@ -183,18 +184,17 @@ def _numbers(array: pa.Array, source: Source) -> Array:
     if not array.null_count:
         values: Array = array.to_numpy(zero_copy_only=False)
         return values
-    null = array.is_null()
-    fill = replacement_of_nulls(array, source)
-    # Filled only in the column's dtype: NumPy has no integer that is null, and a byte none above 127.
-    values = array.fill_null(0).to_numpy(zero_copy_only=False)
-    values = values.astype(_dtype_to_fill(values, source.column))
-    values[null.to_numpy(zero_copy_only=False)] = fill
+    # In a dtype that holds both: a byte has no value above 127.
+    dtype = _dtype_to_fill(np.dtype(array.type.to_pandas_dtype()), source.column)
+    fill = np.asarray(replacement_of_nulls(array, source)).astype(dtype)
+    kind = pa.from_numpy_dtype(dtype)
+    values = array.cast(kind, safe=False).fill_null(pa.scalar(fill[()], kind)).to_numpy()
     return values
 
 
-def _dtype_to_fill(values: Array, column: Column) -> Any:
+def _dtype_to_fill(dtype: np.dtype[Any], column: Column) -> np.dtype[Any]:
     """Holds the values and what fills them up; floats stay floats until they were checked, for a class may be 0.5."""
-    return np.result_type(values.dtype, column.dtype) if values.dtype.kind == "f" else column.dtype
+    return np.result_type(dtype, column.dtype) if dtype.kind == "f" else np.dtype(column.dtype)
 
 
 def _primitive(array: pa.Array, source: Source) -> pa.Array:
@@ -254,7 +254,7 @@ def _matrix(array: pa.Array, source: Source, width: int | None, shape: tuple[int
                 f"with {fill}. Declare shapes={{{column.name!r}: ...}}."
             )
         kept = _matrix(array.drop_null(), source.among(valid), width, shape)
-        values = np.full((len(array), kept.shape[1]), fill, _dtype_to_fill(kept, column))
+        values = np.full((len(array), kept.shape[1]), fill, _dtype_to_fill(kept.dtype, column))
         values[valid] = kept
         return values
     if column.kind == "vector":
@@ -286,7 +286,7 @@ def _padded(values: Array, lengths: Array, source: Source) -> Array:
         )
     taken = np.minimum(lengths, padding.length)
     position = np.arange(taken.sum()) - np.repeat(taken.cumsum() - taken, taken)
-    out = np.full((rows, padding.length), padding.value, _dtype_to_fill(values, source.column))
+    out = np.full((rows, padding.length), padding.value, _dtype_to_fill(values.dtype, source.column))
     out[np.repeat(np.arange(rows), taken), position] = values[np.repeat(lengths.cumsum() - lengths, taken) + position]
     return out
 
@@ -307,7 +307,6 @@ def _dense(array: pa.Array, source: Source, width: int | None) -> Array:
     if not sparse.any():
         dense: Array = flat.reshape(rows, width)
         return dense
-    of_row = np.repeat(np.arange(rows), lengths)
     if sparse.all():
         position = array.field("indices").flatten().to_numpy(zero_copy_only=False)
     else:
@@ -315,14 +314,25 @@ def _dense(array: pa.Array, source: Source, width: int | None) -> Array:
         position = np.arange(len(flat)) - np.repeat(lengths.cumsum() - lengths, lengths)
         position[np.repeat(sparse, lengths)] = array.field("indices").flatten().to_numpy(zero_copy_only=False)
     if len(position) and not 0 <= position.min() <= position.max() < width:
-        row = int(of_row[np.argmax((position < 0) | (position >= width))])
+        place = int(np.argmax((position < 0) | (position >= width)))
+        row = int(np.searchsorted(lengths.cumsum(), place, "right"))
         raise DataError(
             f"{source.name!r} has a sparse vector with an index that is not below its size: {source.row(row)}. Write "
             "the column anew."
         )
     out = np.zeros((rows, width), source.column.dtype)
-    out.reshape(-1)[of_row * width + position] = flat
+    out.reshape(-1)[np.repeat(np.arange(rows) * width, lengths) + position] = flat
     return out
+
+
+def _stores_few_finite(array: pa.Array, matrix: Array) -> bool:
+    """True only where what vectors store is finite and much less than the values of the matrix made of them."""
+    if array.null_count:
+        return False
+    stored = _plain_layout(array).field("values").flatten()
+    return len(stored) < matrix.size / 2 and bool(
+        np.isfinite(stored.to_numpy(zero_copy_only=False).astype(matrix.dtype).sum())
+    )
 
 
 def _numbers_of_words(array: pa.Array, source: Source) -> Array:
@@ -337,18 +347,18 @@ def _numbers_of_words(array: pa.Array, source: Source) -> Array:
     words = array.dictionary.to_pylist()
     places = _places(_Vocabulary(vocabulary))
     of_word = np.array([places.get(word, -1) for word in words] or [0], np.int64)
-    null = array.is_null().to_numpy(zero_copy_only=False)
+    null = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
     index = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-    values: Array = of_word[index]
-    if array.null_count:
+    values: Array = of_word.take(index)
+    if null is not None:
         values[null] = 0  # known for the moment: the word at index 0 need not be
-    if len(values) and values.min() < 0:
+    if of_word.min() < 0 and len(values) and values.min() < 0:
         row = int(np.argmax(values < 0))
         raise DataError(
             f"{source.name!r} holds the word {words[index[row]][:100]!r}, which is not among the {len(vocabulary)} of "
             f"its vocabulary: {source.row(row)}. Add it to the vocabulary, or replace it before fit."
         )
-    if array.null_count:
+    if null is not None:
         values[null] = replacement_of_nulls(array, source)
     return values
 
