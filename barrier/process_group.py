@@ -99,12 +99,12 @@ def process_group(
             timeout=collective_timeout,
             device_id=device if device.type == "cuda" else None,
         )
-        store.add("connections", _count_connections(store_address[1], inbound=False))
-        dist.barrier()
+        # Not through the store: whom it is about could change it there.
+        known = torch.tensor([_count_connections(store_address[1], inbound=False)], device=device)
+        dist.all_reduce(known)
         if listening is not None:
             _stop_listening(listening)
-            known = store.add("connections", 0)
-            _check_connections(_count_connections(store_address[1], inbound=True), known, store_address)
+            _check_connections(_count_connections(store_address[1], inbound=True), int(known), store_address)
         if device.type == "cuda":
             # With a device, DeviceMesh splits the group, for which torch connects to the store anew; without, it makes
             # groups as everybody does.
