@@ -18,7 +18,7 @@ from sparkdl.barrier.device import available_cores, select_device, thread_count
 from sparkdl.barrier.launch import chunks
 from sparkdl.barrier.rendezvous import Entry, error_of
 from sparkdl.batch import Batch
-from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore
+from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore, Saver, told_to_stop
 from sparkdl.config import Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
 from sparkdl.io.batches import RankData
@@ -28,7 +28,6 @@ from sparkdl.io.stage import Facts, StagedDataset
 from sparkdl.objective import Objective
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
-from sparkdl.saver import Saver, told_to_stop
 from sparkdl.serialization import dump_weights
 from sparkdl.source import Source, open_source
 from sparkdl.trainer import History, Trainer

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from sparkdl.batch import Batch
+from sparkdl.checkpoint import Saver
 from sparkdl.config import TrainConfig
 from sparkdl.io.exchange import all_gather_rows
 from sparkdl.io.plan import ShardPlan, plan_deal
 from sparkdl.objective import Objective
 from sparkdl.parallel import Strategy
-from sparkdl.saver import Saver
 
 __all__ = ["Clock", "EpochData", "Trainer"]
 
@@ -123,7 +123,7 @@ class Trainer:
     def fit(self, data: EpochData) -> History:
         """Train for all epochs, or those that are left after `load_state_dict`.
 
-        A rank that was told to stop ends it with `sparkdl.saver.Preempted`, once the state is saved.
+        A rank that was told to stop ends it with `sparkdl.checkpoint.Preempted`, once the state is saved.
 
         Returns:
             One record per epoch, equal on all ranks: epoch (from 1), step (optimizer steps so far), rows (read by all

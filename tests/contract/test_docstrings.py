@@ -14,7 +14,7 @@ import pytest
 
 from sparkdl import errors
 
-PACKAGES = ("sparkdl", "sparkdl.parallel", "sparkdl.barrier", "sparkdl.io")
+PACKAGES = ("sparkdl", "sparkdl.parallel", "sparkdl.checkpoint", "sparkdl.barrier", "sparkdl.io")
 SECTIONS = ("Args", "Attributes", "Raises", "Returns", "Yields")
 
 

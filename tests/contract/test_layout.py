@@ -20,16 +20,18 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "sparkdl": "sparkdl",
     "sparkdl.parallel": "sparkdl/parallel",
+    "sparkdl.checkpoint": "sparkdl/checkpoint",
     "sparkdl.barrier": "barrier",
     "sparkdl.io": "io",
 }
 
 # Top row first. A name covers the module and all modules below it.
 LAYERS = (
-    ("estimator", "fitting", "checks", "model", "params", "persistence"),
+    ("cli", "estimator", "fitting", "checks", "model", "params", "persistence"),
+    ("daemon",),
     ("task", "source", "predict"),
     ("trainer",),
-    ("parallel", "checkpoint", "saver", "objective", "optimizer", "serialization", "progress"),
+    ("parallel", "checkpoint", "objective", "optimizer", "serialization", "progress"),
     ("barrier", "io"),
     ("errors", "config", "storage", "batch"),
 )
@@ -43,11 +45,13 @@ SPARK_FREE = (
     "objective",
     "optimizer",
     "checkpoint",
-    "saver",
     "serialization",
     "barrier.world",
     "barrier.device",
+    "barrier.directories",
+    "barrier.findings",
     "barrier.process_group",
+    "barrier.rules",
     "io.exchange",
     "io.plan",
     "io.reshuffle",

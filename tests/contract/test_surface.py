@@ -32,7 +32,7 @@ PUBLIC = {
 
 def module_names() -> Iterator[str]:
     """All modules of all packages of sparkdl."""
-    for package in ("sparkdl", "sparkdl.parallel", "sparkdl.barrier", "sparkdl.io"):
+    for package in ("sparkdl", "sparkdl.parallel", "sparkdl.checkpoint", "sparkdl.barrier", "sparkdl.io"):
         yield package
         for found in pkgutil.iter_modules(importlib.import_module(package).__path__):
             if not found.ispkg:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore
+from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore, Preempted, Saver
 from sparkdl.config import TrainConfig
 from sparkdl.io.batches import RankData, Reading
 from sparkdl.io.decode import Decoder
@@ -19,7 +19,6 @@ from sparkdl.io.plan import ShardPlan, plan_pieces, shards_of
 from sparkdl.objective import Objective
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
-from sparkdl.saver import Preempted, Saver
 from sparkdl.trainer import History, Trainer
 from tests.dist.conftest import Torchrun
 from tests.unit.staged import COLUMNS, FIELDS, WIDTH, consecutive, write_staged

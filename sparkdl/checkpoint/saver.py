@@ -10,18 +10,48 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule
+from sparkdl.checkpoint.writer import AsyncWriter
 from sparkdl.errors import CheckpointError
 
-__all__ = ["Preempted", "Saver", "told_to_stop"]
+__all__ = ["CheckpointSchedule", "Preempted", "Saver", "told_to_stop"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSchedule:
+    """When checkpoints are due: a pure function of steps and seconds. With neither, at the end of every epoch."""
+
+    interval: int | None
+    """Optimizer steps from one checkpoint to the next."""
+
+    seconds: float | None
+    """Seconds from one checkpoint to the next."""
+
+    steps_per_epoch: int
+    """Optimizer steps of an epoch."""
+
+    def by_step(self, step: int) -> bool:
+        """Whether one is due after this many optimizer steps; equal on all ranks."""
+        if self.interval is None and self.seconds is not None:
+            return False
+        return step > 0 and step % (self.interval or self.steps_per_epoch) == 0
+
+    def by_time(self, now: float, last: float) -> bool:
+        """Whether one is due by the clock: one rank decides, and tells the others.
+
+        Args:
+            now: Seconds, of any clock that only goes forward.
+            last: The same when the last checkpoint began, or the training.
+        """
+        return self.seconds is not None and now - last >= self.seconds
 
 
 class Preempted(Exception):
