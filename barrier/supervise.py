@@ -99,6 +99,8 @@ def supervise(
                 raise _after(
                     error, f"{attempt} attempts ended like this (maxRestarts={policy.max_restarts})."
                 ) from None
+            why = str(error).partition("\n")[0]
+            logger.warning("attempt %d failed: %s", attempt, why)
             time.sleep(policy.pause(attempt).total_seconds())
             slots = _await_slots(policy, find_slots)
             if slots is not None and slots < policy.min_workers:
@@ -108,11 +110,8 @@ def supervise(
                     f"{slots} slots left. Add executors, or set a smaller minWorkers.",
                 ) from None
             ranks = policy.num_workers if slots is None else min(slots, policy.num_workers)
-            restart = Restart(attempt, str(error).partition("\n")[0], ranks, time.monotonic() - failed)
-            logger.warning(
-                "attempt %d failed: %s Starting again with %d ranks (%d of %d restarts).",
-                attempt, restart.reason, ranks, attempt, policy.max_restarts,
-            )  # fmt: skip
+            restart = Restart(attempt, why, ranks, time.monotonic() - failed)
+            logger.warning("starting again with %d ranks (restart %d of %d)", ranks, attempt, policy.max_restarts)
             on_restart(restart)
             attempt += 1
 
