@@ -117,6 +117,7 @@ class Trainer:
         self._report = report
         self._clock = clock or _NoClock()
         self._saver = saver
+        self._done = 0  # optimizer steps
         self._history: History = []
         self._sums = _Sums(torch.zeros((), dtype=torch.float64, device=device))
 
@@ -137,18 +138,18 @@ class Trainer:
         """
         plan = data.plan
         first, step = data.position
+        self._done = first * plan.num_steps + step
         for epoch in range(first, self._config.max_epochs):
             due = self._train_epoch(data, epoch, step)
             whole, step, sums = step == 0, 0, self._sums
             self._sums = _Sums(torch.zeros_like(sums.loss))
             record = self._record(plan, epoch, sums)
             if self._has_validation:
-                self._clock.at("validation", record["step"])
                 record["validation_loss"] = self._validate(data)
             self._history.append(record)
             self._report({**record, "event": "epoch"})
             if due:
-                self._save(data, record["step"])
+                self._save(data)
             if self._config.balance_shards and whole:
                 self._balance(data, sums)
         return self._history
@@ -166,35 +167,34 @@ class Trainer:
         strategy.module.train()
         began, busy = time.perf_counter(), strategy.busy_seconds
         shown, due = began, False
-        done = epoch * plan.num_steps + first
         with data.open_epoch(epoch) as batches:
             for step in range(first, plan.num_steps):
-                clock.at("data", done)
+                clock.at("data", self._done)
                 asked = time.perf_counter()
                 batch = next(batches).to(self._device)
                 sums.waited += time.perf_counter() - asked
 
-                clock.at("compute", done)
+                clock.at("compute", self._done)
                 torch.manual_seed(_step_seed(config.seed, epoch, step, rank))
                 own, everyone = self._denominators(batch, plan.batch_rows(step))
-                done += 1
                 if saver is not None:
-                    saver.ask(done)
+                    saver.ask(self._done + 1)
                 sums.loss += strategy.train_step(batch, everyone, config.micro_batch_size)
+                self._done += 1
                 sums.denominator += own
                 sums.rows += batch.rows
 
                 now = time.perf_counter()
                 if now - shown > _REPORT_SECONDS:
                     shown = now
-                    loss = self._checked_loss(float(sums.loss), sums.denominator, done)
+                    loss = self._checked_loss(float(sums.loss), sums.denominator)
                     self._report({"event": "step", "epoch": epoch + 1, "step": step + 1, "loss": loss})
                 if saver is not None:
                     due = saver.agreed()
                     if due and step + 1 < plan.num_steps:  # the last one waits for the epoch's record
                         sums.seconds += now - began
                         began = now
-                        self._save(data, done)
+                        self._save(data)
         sums.seconds += time.perf_counter() - began
         sums.busy = strategy.busy_seconds - busy
         return due
@@ -202,13 +202,12 @@ class Trainer:
     def _record(self, plan: ShardPlan, epoch: int, sums: "_Sums") -> dict[str, Any]:
         """What history says of an epoch; the same on all ranks, except for the seconds."""
         shard_rows, seconds = plan.shard_rows, sums.seconds
-        step = (epoch + 1) * plan.num_steps
         loss, denominator, waited, rows = self._over_ranks(float(sums.loss), sums.denominator, sums.waited, sums.rows)
         record = {
             "epoch": epoch + 1,
-            "step": step,
+            "step": self._done,
             "rows": int(rows),
-            "loss": self._checked_loss(loss, denominator, step),
+            "loss": self._checked_loss(loss, denominator),
             "seconds": seconds,
             "rows_per_second": rows / seconds,
             "data_wait": waited / dist.get_world_size() / seconds,
@@ -220,8 +219,7 @@ class Trainer:
             record["checkpoint"] = self._saver.take_stalled_seconds()
         return record
 
-    @staticmethod
-    def _checked_loss(loss: float, denominator: float, step: int) -> float:
+    def _checked_loss(self, loss: float, denominator: float) -> float:
         """The mean loss.
 
         Raises:
@@ -230,21 +228,21 @@ class Trainer:
         mean = loss / (denominator or 1.0)
         if not math.isfinite(mean):
             raise FloatingPointError(
-                f"The loss is {mean} after step {step}: the weights are of no use any more. Use a smaller learning "
-                "rate, clip gradients, or look for inputs and labels of extreme size."
+                f"The loss is {mean} after step {self._done}: the weights are of no use any more. Use a smaller "
+                "learning rate, clip gradients, or look for inputs and labels of extreme size."
             )
         return mean
 
     # ---- state -------------------------------------------------------------------------------------------------------
-    def _save(self, data: EpochData, step: int) -> None:
-        """Save what the run needs to go on after a step; every rank calls it after the same step."""
+    def _save(self, data: EpochData) -> None:
+        """Save what the run needs to go on; every rank calls it after the same step."""
         assert self._saver is not None
-        self._clock.at("checkpoint", step)
         sums = self._sums
         loss, denominator, waited, rows, seconds = self._over_ranks(
             float(sums.loss), sums.denominator, sums.waited, sums.rows, sums.seconds
         )
-        self._checked_loss(loss, denominator, step)  # what is of no use is not saved
+        self._checked_loss(loss, denominator)  # what is of no use is not saved
+        self._clock.at("checkpoint", self._done)
         state = {
             "strategy": self._strategy.state_dict(),
             "reader": data.state_dict(),
@@ -257,7 +255,7 @@ class Trainer:
                 "seconds": seconds / dist.get_world_size(),
             },
         }
-        self._saver.save(step, state, {"epoch": data.position[0], "world_size": dist.get_world_size()})
+        self._saver.save(self._done, state, {"epoch": data.position[0], "world_size": dist.get_world_size()})
 
     def load_state_dict(self, data: EpochData, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was written, on as many ranks as there are now.
@@ -296,7 +294,9 @@ class Trainer:
         if batch.weight is None and self._objective.counts_rows:
             return float(batch.rows), float(batch_rows)
         own = self._objective.denominator(batch.labels, batch.weight)
-        return own, self._over_ranks(own)[0]
+        everyone = self._over_ranks(own)[0]
+        self._clock.at("compute", self._done)
+        return own, everyone
 
     def _validate(self, data: EpochData) -> float:
         """Mean loss over the validation rows of all ranks."""
@@ -305,6 +305,7 @@ class Trainer:
         rows = self._config.micro_batch_size or self._config.batch_size
         with torch.inference_mode(), data.open_validation(rows) as batches:
             for batch in batches:
+                self._clock.at("validation", self._done)
                 moved = batch.to(self._device)
                 loss += float(self._objective(module(*moved.inputs), moved.labels, moved.weight))
                 denominator += self._objective.denominator(batch.labels, batch.weight)
@@ -314,6 +315,7 @@ class Trainer:
     def _over_ranks(self, *values: float) -> tuple[float, ...]:
         """The sum of each value over all ranks."""
         summed = torch.tensor(values, dtype=torch.float64, device=self._device)
+        self._clock.at("reduce", self._done)
         dist.all_reduce(summed)
         return tuple(summed.tolist())
 
