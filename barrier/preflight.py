@@ -1,58 +1,111 @@
-"""What can be known before the barrier stage starts: slots, dynamic allocation, the executors' Python.
+"""What can be known before the barrier stage starts, all of it at once.
 
-Each finding is an error now instead of a stage that waits for ten minutes or dies in a worker.
+Each finding is an error now instead of a stage that waits for ten minutes or dies in a worker. The rules are in
+`sparkdl.barrier.rules`; this module asks Spark and the executors for the facts.
 """
 
-import json
-import os
+import logging
 import re
 import sys
 import weakref
-from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pyspark.sql import functions as F
-
-from sparkdl.errors import ExecutorPythonError, LaunchError, SlotsError
+from sparkdl.barrier.findings import ExecutorFacts, Finding, Report, Request
+from sparkdl.barrier.ports import check_ports
+from sparkdl.barrier.probe import ask_executors, ask_here
+from sparkdl.barrier.resources import await_slots, find_executors, find_settings, find_slots, is_classic, is_local
+from sparkdl.barrier.rules import (
+    judge_directories,
+    judge_disks,
+    judge_dynamic_allocation,
+    judge_encryption,
+    judge_gpus,
+    judge_python,
+    judge_settings,
+    judge_slots,
+    python_advice,
+)
+from sparkdl.errors import ConfigError
+from sparkdl.storage import default_file_system, qualify
 
 if TYPE_CHECKING:
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import SparkSession
 
-__all__ = ["check_executor_python", "check_slots", "find_slots", "is_local"]
+__all__ = [
+    "Finding",
+    "Report",
+    "Request",
+    "check_executor_python",
+    "check_slots",
+    "find_slots",
+    "is_local",
+    "preflight",
+]
 
-_NEEDED = ("torch", "pyarrow", "numpy", "pandas", "petastorm", "sparkdl")
-_checked: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()
+logger = logging.getLogger(__name__)
+
+_WORST_FIRST = ("error", "warning", "note", "ok")
+# Python, packages and GPUs of a local session: they cannot change while it lives.
+_known: "weakref.WeakKeyDictionary[SparkSession, tuple[ExecutorFacts, ...]]" = weakref.WeakKeyDictionary()
+_logged: "weakref.WeakKeyDictionary[SparkSession, set[str]]" = weakref.WeakKeyDictionary()
 
 
-def find_slots(spark: "SparkSession") -> int | None:
-    """Tasks that the cluster can run at once for the default resource profile; None where Spark does not tell.
+def preflight(
+    spark: "SparkSession", request: Request, *, profile: "ResourceProfile | None" = None, ports: bool = False
+) -> Report:
+    """Look at all that a fit needs of the cluster, in one quick job at most.
 
-    Classic Spark tells; over Spark Connect only a ``local`` master does.
+    In local mode the job runs once for each session: afterwards the driver looks at disks and directories by itself.
+    On a cluster it runs every time, as executors come and go. Warnings are logged, each once for a session.
+
+    Args:
+        spark: The session.
+        request: What the fit asks for.
+        profile: The resource profile of the barrier stage; the default one if None.
+        ports: Let the executors connect to each other as well, in a barrier stage: about two seconds more.
+
+    Returns:
+        All findings. Errors are among them and not raised; see `Report.raise_errors`.
     """
-    if hasattr(spark, "_jsparkSession"):
-        context = spark.sparkContext._jsc.sc()
-        profile = context.resourceProfileManager().defaultResourceProfile()
-        return int(context.maxNumConcurrentTasks(profile))
-    return slots_of_master(spark.conf.get("spark.master", "") or "")
-
-
-def is_local(spark: "SparkSession") -> bool:
-    """True where driver and executor are one process (``local-cluster`` is not)."""
-    return slots_of_master(spark.conf.get("spark.master", "") or "") is not None
-
-
-def slots_of_master(master: str) -> int | None:
-    """Slots that a master URL spells out.
-
-    >>> slots_of_master("local[4]"), slots_of_master("local[2,3]"), slots_of_master("local"), slots_of_master("yarn")
-    (4, 2, 1, None)
-    """
-    if master == "local":
-        return 1
-    found = re.fullmatch(r"local\[(\d+|\*)(?:,\s*\d+)?\]", master)
-    if found is None:
-        return None
-    return (os.cpu_count() or 1) if found[1] == "*" else int(found[1])
+    settings, local = find_settings(spark), is_local(spark)
+    findings = list(judge_dynamic_allocation(request, settings, local=local))
+    if findings[0].severity == "error":
+        slots = find_slots(spark)  # too few now says nothing: there would be more
+        fewest = 1
+    else:
+        slots = await_slots(spark, request.num_train_workers, profile)
+        fewest = request.num_train_workers
+        placed = find_executors(spark)
+        running = placed.running if placed else None
+        findings += judge_slots(request, slots=slots, running=running, local=local)
+        if slots and running and running >= slots:
+            logger.info("All %d slots are busy: the preflight waits for one.", slots)
+    executors: tuple[ExecutorFacts, ...] = ()
+    if slots != 0:
+        request, refused = _qualified(spark, request)
+        findings += refused
+        alone = local and is_classic(spark)
+        executors, failed = _ask_local(spark, request) if alone else _ask(spark, request, tasks=slots or fewest)
+        findings += failed
+        findings += judge_python(executors, ask_here())
+        findings += judge_disks(request, executors)
+        findings += judge_directories(request, executors)
+    findings += judge_gpus(request, settings, executors)
+    placed = find_executors(spark)
+    findings += judge_encryption(request, settings, local=local, num_hosts=len(placed.hosts) if placed else None)
+    findings += judge_settings(settings)
+    if ports and all(finding.severity != "error" for finding in findings):
+        findings += check_ports(spark, request.num_train_workers)
+    findings.sort(key=lambda finding: _WORST_FIRST.index(finding.severity))
+    report = Report(tuple(findings), slots, executors)
+    told = _logged.setdefault(spark, set())
+    for finding in report.warnings:
+        if finding.message not in told:
+            told.add(finding.message)
+            logger.warning("%s: %s", finding.check, finding.message)
+    return report
 
 
 def check_slots(spark: "SparkSession", num_train_workers: int) -> int | None:
@@ -65,70 +118,82 @@ def check_slots(spark: "SparkSession", num_train_workers: int) -> int | None:
         SlotsError: More ranks than slots; Spark itself would say so after ten silent minutes.
         LaunchError: Dynamic allocation is on, which Spark refuses for barrier stages.
     """
-    local = is_local(spark)
-    if not local and (spark.conf.get("spark.dynamicAllocation.enabled", "false") or "").lower() == "true":
-        raise LaunchError(
-            f"numTrainWorkers={num_train_workers} runs in a barrier stage, which Spark does not start while dynamic "
-            "allocation is on. Submit with --conf spark.dynamicAllocation.enabled=false and a fixed number of "
-            "executors (--num-executors or spark.cores.max)."
-        )
+    request, local = Request(num_train_workers=num_train_workers), is_local(spark)
+    Report(tuple(judge_dynamic_allocation(request, find_settings(spark), local=local))).raise_errors()
     slots = find_slots(spark)
-    if slots is not None and slots < num_train_workers:
-        raise SlotsError(
-            f"numTrainWorkers={num_train_workers} needs {num_train_workers} slots at once, but this cluster runs "
-            f"{slots} {'task' if slots == 1 else 'tasks'} at a time. Fit with numTrainWorkers={slots}, or add executors"
-            + (f" (here: master local[{num_train_workers}])." if local else ".")
-        )
+    Report(tuple(judge_slots(request, slots=slots, running=None, local=local))).raise_errors()
     return slots
 
 
 def check_executor_python(spark: "SparkSession") -> None:
     """Ask one executor which Python and packages it has, once for each session.
 
-    The question is a plain UDF of the standard library: it runs where torch, pyarrow and sparkdl are missing.
-
     Raises:
         ExecutorPythonError: A package is missing there, or the Python differs from the driver's.
     """
-    if spark in _checked:
+    if spark in _known:
         return
-    advice = f"Set PYSPARK_PYTHON={sys.executable} before the session starts (or spark.pyspark.python in its conf)"
+    executors, failed = _ask(spark, Request(num_train_workers=1, device="cpu"), tasks=1)
+    Report((*failed, *judge_python(executors, ask_here()))).raise_errors()
+    _known[spark] = executors
+
+
+def _qualified(spark: "SparkSession", request: Request) -> tuple[Request, list[Finding]]:
+    """The request with full URLs; a directory that has none is left out, with a finding that says why."""
+    default = default_file_system(spark)
+    urls: dict[str, str] = {}
+    refused = []
+    for setting, url in request.directories.items():
+        try:
+            urls[setting] = qualify(url, default)
+        except ConfigError as error:
+            refused.append(Finding(setting, "error", str(error).rstrip(".")))
+    return replace(request, staging_dir=urls.get("stagingDir"), checkpoint_dir=urls.get("checkpointDir")), refused
+
+
+def _ask(spark: "SparkSession", request: Request, *, tasks: int) -> tuple[tuple[ExecutorFacts, ...], list[Finding]]:
+    """Facts of the executors, and a finding where they cannot run Python at all."""
     try:
-        row = spark.range(1).select(F.udf(_probe(), "string", useArrow=False)(F.lit(",".join(_NEEDED)))).first()
+        found = ask_executors(
+            spark,
+            num_tasks=tasks,
+            directories=request.directories,
+            storage_options=request.storage_options,
+            count_gpus=request.device != "cpu",
+        )
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
             raise
-        text = str(error)
-        found = re.search(r"PYTHON_VERSION_MISMATCH\][^.]*?(\d+\.\d+)", text)
-        if "PYTHON_VERSION_MISMATCH" not in text:
-            refused = re.search(r'Cannot run program "[^"]*"[^\n]*', text)
-            reason = refused[0] if refused else text.strip().partition("\n")[0]
-            raise ExecutorPythonError(f"The executors' Python cannot be started: {reason}. {advice}.") from None
-        raise ExecutorPythonError(
-            f"The executors run Python {found[1] if found else 'of another version'}, the driver "
-            f"{sys.version_info.major}.{sys.version_info.minor}; Spark needs the same minor version. {advice}."
-        ) from None
-    assert row is not None
-    answer = json.loads(row[0])
-    if answer["missing"]:
-        raise ExecutorPythonError(
-            f"The executors' Python ({answer['executable']}, {answer['version']}) cannot import "
-            f"{', '.join(answer['missing'])}. {advice}, or install them there: pip install sparkdl-torch."
-        )
-    _checked.add(spark)
+        return (), [_judge_failure(str(error))]
+    return found, []
 
 
-def _probe() -> Callable[[str], str]:
-    def probe(needed: str) -> str:
-        import importlib.util
-        import json
-        import platform
-        import sys
+def _ask_local(spark: "SparkSession", request: Request) -> tuple[tuple[ExecutorFacts, ...], list[Finding]]:
+    """As `_ask`, where the driver is the only executor: one task for each session, the rest without Spark."""
+    if spark not in _known:
+        python_only = replace(request, staging_dir=None, checkpoint_dir=None, device="cpu")
+        executors, failed = _ask(spark, python_only, tasks=1)
+        if failed or executors[0].missing:
+            return executors, failed
+        _known[spark] = executors
+    (known,) = _known[spark]
+    here = ask_here(
+        disks=tuple(known.disks),
+        directories=request.directories,
+        storage_options=request.storage_options,
+        count_gpus=request.device != "cpu",
+    )
+    return (replace(known, num_gpus=here.num_gpus, disks=here.disks, directories=here.directories),), []
 
-        missing = [name for name in needed.split(",") if importlib.util.find_spec(name) is None]
-        facts = {"missing": missing, "executable": sys.executable, "version": platform.python_version()}
-        return json.dumps(facts)
 
-    # Pickled by value: an executor without sparkdl could not import it by reference.
-    probe.__module__ = "__main__"
-    return probe
+def _judge_failure(text: str) -> Finding:
+    """What it means that not even a function of the standard library ran on the executors."""
+    found = re.search(r"PYTHON_VERSION_MISMATCH\][^.]*?(\d+\.\d+)", text)
+    if "PYTHON_VERSION_MISMATCH" in text:
+        other = found[1] if found else "of another version"
+        own = f"{sys.version_info.major}.{sys.version_info.minor}"
+        told = f"the executors run Python {other}, the driver {own}; Spark needs the same minor version"
+        return Finding("Python", "error", told, remedy=python_advice())
+    refused = re.search(r'Cannot run program "[^"]*"[^\n]*', text)
+    reason = refused[0] if refused else text.strip().partition("\n")[0]
+    return Finding("Python", "error", f"the executors' Python cannot be started: {reason}", remedy=python_advice())
