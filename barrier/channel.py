@@ -2,7 +2,8 @@
 
 The driver listens on one interface and hands out a secret through Spark; a rank that connects answers an HMAC
 challenge (`multiprocessing.connection` does both) and then sends JSON lines, never pickles. Losing the channel never
-fails a run: the driver then learns of failures from Spark alone, later and with less detail.
+fails a run and never holds it up: the driver then learns of failures from files in the run's directory, if it has one,
+else from Spark alone, later and with less detail.
 """
 
 import contextlib
@@ -13,19 +14,31 @@ import secrets
 import socket
 import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from typing import Any
 
-__all__ = ["ChannelAddress", "RankChannel", "local_address", "open_channel"]
+from sparkdl.barrier.event_files import Event, EventFiles
+
+__all__ = ["ChannelAddress", "Event", "RankChannel", "local_address", "open_channel"]
 
 logger = logging.getLogger(__name__)
 
-Event = dict[str, Any]
 _HANDSHAKE_SECONDS = 5.0
 _BACKLOG = 128
 _MOST_BYTES = 16 << 20  # of one event
+_BYE = "bye"  # of a rank that closes its end, so that the driver knows whom death cut short
+_MOST_WAITING = 1000  # events of a rank
+_FLUSH_SECONDS = 3.0
+_DRAIN_SECONDS = 2.0
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+_FILE_SECONDS = 1.0
+_FREQUENT_FILES = 60
+_LATER_FILE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,8 @@ def local_address(peer: str) -> str:
 @contextlib.contextmanager
 def open_channel(host: str, on_event: Callable[[Event], None]) -> Iterator[ChannelAddress | None]:
     """Listen on ``host`` while the block runs, and call ``on_event`` for every event, from one thread.
+
+    Of a rank whose connection ends without a goodbye it makes an event of its own, "gone".
 
     Yields:
         The address for the ranks; None where the driver cannot listen on ``host``.
@@ -84,6 +99,7 @@ class _Inbox:
         self._lock = threading.Lock()
         self._pending: dict[Connection, threading.Thread] = {}
         self._connections: list[Connection] = []
+        self._origins: dict[Connection, Event] = {}  # rank and host of those that have not said goodbye
         self._closing = threading.Event()
         self._threads = [self._started(self._accept), self._started(self._read)]
 
@@ -106,9 +122,10 @@ class _Inbox:
 
     def _welcome(self, connection: Connection) -> None:
         try:
-            with _time_limit(connection, _HANDSHAKE_SECONDS):
-                deliver_challenge(connection, self._secret)
-                answer_challenge(connection, self._secret)
+            # It holds from then on too: a process that is stopped in the middle of an event holds up nobody.
+            _limit(connection, _HANDSHAKE_SECONDS)
+            deliver_challenge(connection, self._secret)
+            answer_challenge(connection, self._secret)
             welcome = True
         except Exception as error:  # whatever a stranger sends
             logger.debug("refused a connection: %r", error)
@@ -121,8 +138,11 @@ class _Inbox:
                 connection.close()
 
     def _read(self) -> None:
+        end = float("inf")
         while True:
             closing = self._closing.is_set()
+            if closing:
+                end = min(end, time.monotonic() + _DRAIN_SECONDS)
             with self._lock:
                 open_now = list(self._connections)
             ready = wait(open_now, timeout=0 if closing else 0.1)
@@ -131,21 +151,37 @@ class _Inbox:
             for connection in ready:
                 assert isinstance(connection, Connection)
                 try:
-                    self._take(connection.recv_bytes(_MOST_BYTES))
+                    self._take(connection, connection.recv_bytes(_MOST_BYTES))
                 except (EOFError, OSError):
                     with self._lock:
                         self._connections.remove(connection)
                     connection.close()
-            if closing and not ready:
+                    origin = self._origins.pop(connection, None)
+                    if origin is not None:
+                        self._tell({"event": "gone", **origin})
+            if closing and (not ready or time.monotonic() > end):
                 return
 
-    def _take(self, message: bytes) -> None:
+    def _take(self, connection: Connection, message: bytes) -> None:
         try:
             event = json.loads(message)
-            if isinstance(event, dict):
-                self._on_event(event)
+            if not isinstance(event, dict):
+                return
+        except (ValueError, RecursionError) as error:
+            logger.debug("not an event: %r", error)
+            return
+        if event.get("event") == _BYE:
+            self._origins.pop(connection, None)
+            return
+        if "rank" in event and "host" in event:
+            self._origins[connection] = {name: event[name] for name in ("rank", "host")}
+        self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._on_event(event)
         except Exception:
-            logger.exception("an event could not be shown: %.200r", message)
+            logger.exception("an event could not be shown: %.200r", event)
 
     def close(self) -> None:
         """Hear what ranks have sent so far, then close every line and end every thread."""
@@ -181,51 +217,173 @@ class _Inbox:
 
 
 class RankChannel:
-    """A rank's end of the channel; connects on first use and gives up silently.
+    """A rank's end of the channel: events wait in a queue, one thread sends them, and nobody waits for the driver.
+
+    Where the driver cannot be reached, events go to files in ``directory`` if there is one; else the connection is
+    tried again now and then. While nothing can be sent, the oldest events are forgotten, failures never.
 
     Args:
-        address: Where the driver listens; None sends nothing.
+        address: Where the driver listens; None connects to nobody.
         rank: Added to every event.
         host: Added to every event.
+        attempt: How often the run was started, this time included; added to every event.
+        directory: URL of a directory that the driver reaches as well.
     """
 
-    def __init__(self, address: ChannelAddress | None, *, rank: int, host: str) -> None:
+    def __init__(
+        self, address: ChannelAddress | None, *, rank: int, host: str, attempt: int = 1, directory: str | None = None
+    ) -> None:
         self._address = address
-        self._origin = {"rank": rank, "host": host}
+        self._origin = {"rank": rank, "host": host, "attempt": attempt}
+        self._files = None if directory is None else EventFiles(directory, attempt=attempt, rank=rank)
         self._connection: Connection | None = None
+        # All of these under the condition, also closing the connection.
+        self._changed = threading.Condition()
+        self._waiting: deque[_Waiting] = deque()
+        self._thread: threading.Thread | None = None
+        self._busy = self._down = self._urgent = self._closing = False
+        self._not_before = 0.0
+        self._pause = _FIRST_PAUSE_SECONDS
 
     def send(self, event: str, **fields: Any) -> None:
-        """Send one event; returns at once where the driver cannot be reached."""
-        if self._address is None:
+        """Send one event soon; any thread may call it, and it returns at once."""
+        if self._address is None and self._files is None:
             return
         try:
-            if self._connection is None:
-                self._connection = _connect(self._address)
-            self._connection.send_bytes(json.dumps({"event": event, **self._origin, **fields}).encode())
-        except Exception as error:
-            logger.info("the driver cannot be told of progress: %r", error)
-            self.close()
-            self._address = None
+            line = json.dumps({"event": event, **self._origin, **fields}).encode()
+        except (TypeError, ValueError) as error:
+            logger.debug("an event is no JSON: %r", error)
+            return
+        with self._changed:
+            if self._closing:
+                return
+            self._waiting.append(_Waiting(line, event == "failure"))
+            self._urgent = self._urgent or event == "failure"
+            self._forget()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="sparkdl-channel-send", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was sent is out, or cannot get out.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            True where all is out.
+        """
+        with self._changed:
+            self._urgent = self._urgent or bool(self._waiting)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._busy and not self._urgent, timeout)
+            return not self._waiting and not self._busy
 
     def close(self) -> None:
-        """Close the connection, if there is one."""
-        if self._connection is not None:
-            self._connection.close()
+        """Send what waits, as far as that takes no more than some seconds, and let go of the driver."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is None:
+            return
+        self._thread.join(_FLUSH_SECONDS)
+        with self._changed:
+            if self._connection is not None:
+                _hang_up(self._connection)
+        self._thread.join(_HANDSHAKE_SECONDS + 1)
+
+    def _forget(self) -> None:
+        while len(self._waiting) > _MOST_WAITING:
+            oldest = next((place for place, entry in enumerate(self._waiting) if not entry.kept), None)
+            if oldest is None:
+                return
+            del self._waiting[oldest]
+
+    def _run(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            try:
+                if self._files is not None and (self._address is None or self._down):
+                    self._write(self._files, batch)
+                else:
+                    self._transmit(batch)
+            except Exception as error:
+                logger.debug("the driver cannot be told: %r", error)
+                self._hang_on(batch)
+        with contextlib.suppress(OSError):
+            if self._connection is not None:
+                self._connection.send_bytes(json.dumps({"event": _BYE, **self._origin}).encode())
+        self._disconnect()
+
+    def _next_batch(self) -> "deque[_Waiting] | None":
+        """What is to be sent now, once there is something; None at the end."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            while not (self._closing or self._urgent):
+                pause = self._not_before - time.monotonic()
+                if self._waiting and pause <= 0:
+                    break
+                self._changed.wait(pause if self._waiting else None)
+            hopeless = self._pause > _FIRST_PAUSE_SECONDS and not self._urgent
+            if self._closing and (hopeless or not self._waiting):
+                return None
+            self._urgent, self._busy = False, True
+            batch, self._waiting = self._waiting, deque()
+            return batch
+
+    def _transmit(self, batch: "deque[_Waiting]") -> None:
+        connection = self._connection
+        if connection is None:
+            connection = self._connect()
+        while batch:
+            connection.send_bytes(batch[0].line)
+            batch.popleft()
+        self._not_before, self._pause = 0.0, _FIRST_PAUSE_SECONDS
+
+    def _write(self, files: EventFiles, batch: "deque[_Waiting]") -> None:
+        files.write([entry.line for entry in batch])
+        seconds = _FILE_SECONDS if files.written < _FREQUENT_FILES else _LATER_FILE_SECONDS
+        self._not_before, self._pause = time.monotonic() + seconds, _FIRST_PAUSE_SECONDS
+
+    def _hang_on(self, batch: "deque[_Waiting]") -> None:
+        """Keep what could not be sent, and wait for better times."""
+        self._disconnect()
+        with self._changed:
+            self._waiting.extendleft(reversed(batch))
+            self._forget()
+            if self._files is not None and not self._down:
+                self._down = True  # files from now on, at once
+                self._urgent = any(entry.kept for entry in self._waiting)
+                return
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+
+    def _connect(self) -> Connection:
+        assert self._address is not None
+        line = socket.create_connection((self._address.host, self._address.port), timeout=_HANDSHAKE_SECONDS)
+        line.setblocking(True)
+        connection = Connection(line.detach())
+        with self._changed:
+            self._connection = connection
+        with _time_limit(connection, _HANDSHAKE_SECONDS):
+            answer_challenge(connection, self._address.secret)
+            deliver_challenge(connection, self._address.secret)
+        return connection
+
+    def _disconnect(self) -> None:
+        with self._changed:
+            if self._connection is not None:
+                self._connection.close()
             self._connection = None
 
 
-def _connect(address: ChannelAddress) -> Connection:
-    line = socket.create_connection((address.host, address.port), timeout=_HANDSHAKE_SECONDS)
-    line.setblocking(True)
-    connection = Connection(line.detach())
-    try:
-        with _time_limit(connection, _HANDSHAKE_SECONDS):
-            answer_challenge(connection, address.secret)
-            deliver_challenge(connection, address.secret)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """An event that waits: as JSON, and whether it must not be forgotten."""
+
+    line: bytes
+    kept: bool
 
 
 def _hang_up(connection: Connection) -> None:
@@ -237,12 +395,11 @@ def _hang_up(connection: Connection) -> None:
 @contextlib.contextmanager
 def _time_limit(connection: Connection, seconds: float) -> Iterator[None]:
     """Let reads from a connection fail after some seconds; connections have no time limit of their own."""
-
-    def limit(value: float) -> None:
-        with socket.socket(fileno=os.dup(connection.fileno())) as same:
-            timeval = struct.pack("ll", int(value), 0)
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-
-    limit(seconds)
+    _limit(connection, seconds)
     yield
-    limit(0)
+    _limit(connection, 0)
+
+
+def _limit(connection: Connection, seconds: float) -> None:
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), 0))

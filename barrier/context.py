@@ -6,7 +6,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,8 +14,11 @@ import torch
 
 from sparkdl.barrier.channel import ChannelAddress, RankChannel, local_address
 from sparkdl.barrier.process_group import is_communication_error, process_group
+from sparkdl.barrier.rank_log import forwarded_logs
 from sparkdl.barrier.rendezvous import Entry, agree, bind_store, find_versions
+from sparkdl.barrier.watchdog import ProgressClock, Watchdog
 from sparkdl.barrier.world import World, world_of
+from sparkdl.config import Timeouts
 from sparkdl.errors import Failure, LaunchError, TrainingFailedError
 
 __all__ = ["RankContext"]
@@ -24,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _LINGER_SECONDS = 2.0
-FAILURE_NOTE = "sparkdl failure: "
+_SEND_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -38,6 +41,9 @@ class RankContext:
         task_cpus: Cores that Spark gave the task.
         gpu_addresses: GPUs that Spark gave the task.
         all_gather: Spark's barrier all-gather of one string per rank.
+        attempt: How often the run was started, this time included.
+        timeouts: How long the rank waits, by what it waits for.
+        clock: Where the rank is; whoever trains moves it, and a watchdog looks at it.
         refused: True where all ranks raise the same error, see `unanimously`.
     """
 
@@ -47,13 +53,32 @@ class RankContext:
     task_cpus: int
     gpu_addresses: tuple[str, ...]
     all_gather: Callable[[str], Sequence[str]]
+    attempt: int = 1
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    clock: ProgressClock = field(default_factory=ProgressClock)
     refused: bool = False
     _listener: socket.socket | None = None
     _store: tuple[str, int] | None = None
 
     @classmethod
-    def of_barrier_task(cls, run_id: str, channel: ChannelAddress | None) -> "RankContext":
-        """The rank of the barrier task that this Python worker runs."""
+    def of_barrier_task(
+        cls,
+        run_id: str,
+        channel: ChannelAddress | None,
+        *,
+        attempt: int = 1,
+        timeouts: Timeouts | None = None,
+        directory: str | None = None,
+    ) -> "RankContext":
+        """The rank of the barrier task that this Python worker runs.
+
+        Args:
+            run_id: Identifies the run.
+            channel: Where the driver listens.
+            attempt: How often the run was started, this time included.
+            timeouts: How long the rank waits; None for the defaults.
+            directory: URL of a directory that the driver reaches as well, for what cannot be sent to it.
+        """
         from pyspark import BarrierTaskContext
 
         task = BarrierTaskContext.get()
@@ -63,10 +88,14 @@ class RankContext:
         return cls(
             world=world,
             run_id=run_id,
-            channel=RankChannel(channel, rank=world.rank, host=addresses[world.rank]),
+            channel=RankChannel(
+                channel, rank=world.rank, host=addresses[world.rank], attempt=attempt, directory=directory
+            ),
             task_cpus=task.cpus(),
             gpu_addresses=tuple(gpu.addresses) if gpu else (),
             all_gather=task.allGather,
+            attempt=attempt,
+            timeouts=timeouts or Timeouts(),
         )
 
     def check_world_size(self, asked: int) -> None:
@@ -127,6 +156,17 @@ class RankContext:
             self.refused = True
             raise
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """For all that a rank does: the driver hears that it is alive and what it logs, and a hang ends the process."""
+        rank, host = self.world.rank, self.world.hosts[self.world.rank]
+        level = logging.INFO if rank == 0 else logging.WARNING
+        dog = Watchdog(
+            self.clock, self.channel, rank=rank, host=host, attempt=self.attempt, timeouts=self.timeouts
+        )  # fmt: skip
+        with forwarded_logs(self.channel.send, level=level), dog:
+            yield
+
     def close(self) -> None:
         """Let go of the driver, and of the socket if no store took it."""
         self.channel.close()
@@ -155,6 +195,7 @@ class RankContext:
         """This rank's account of ``error``; of what another rank failed with and all raise, that rank's own."""
         if isinstance(error, TrainingFailedError) and error.failures:
             return next(iter(error.failures.values()))
+        place = self.clock.place
         return Failure(
             rank=self.world.rank,
             host=self.world.hosts[self.world.rank],
@@ -162,6 +203,9 @@ class RankContext:
             message=str(error),
             traceback="".join(traceback.format_exception(error)),
             consequence=is_communication_error(error),
+            attempt=self.attempt,
+            step=None if place.phase == "setup" else place.step,
+            time=time.time(),
         )
 
     def report(self, error: BaseException) -> Failure:
@@ -171,6 +215,7 @@ class RankContext:
         """
         failure = self.failure(error)
         self.channel.send("failure", **asdict(failure))
+        self.channel.flush(_SEND_SECONDS)
         if failure.consequence:
             time.sleep(_LINGER_SECONDS)
         return failure

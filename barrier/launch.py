@@ -3,16 +3,16 @@
 The stage is `DataFrame.mapInArrow(..., barrier=True)`, which classic Spark and Spark Connect both have.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import pickle
-import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,17 @@ import pyarrow as pa
 from pyspark import cloudpickle, inheritable_thread_target
 
 from sparkdl.barrier.channel import ChannelAddress, Event, local_address, open_channel
-from sparkdl.barrier.context import FAILURE_NOTE, RankContext
+from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
+from sparkdl.barrier.event_files import poll_event_files
+from sparkdl.barrier.monitor import FAILURE_NOTE, Monitor
 from sparkdl.barrier.preflight import check_executor_python, check_slots, is_local
 from sparkdl.barrier.rendezvous import error_of
-from sparkdl.errors import ConfigError, Failure, SparkdlError, TrainingFailedError
+from sparkdl.config import Timeouts
+from sparkdl.errors import ConfigError, Failure
 
 if TYPE_CHECKING:
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import DataFrame, SparkSession
 
 __all__ = ["chunks", "dumps", "launch", "launch_stage", "new_run_id"]
@@ -36,9 +40,6 @@ logger = logging.getLogger(__name__)
 RankBody = Callable[[RankContext, Iterator[pa.RecordBatch]], Iterable[bytes]]
 _CHUNK_BYTES = 4 << 20
 _GRACE_SECONDS = 3.0
-_JAVA_REASON = re.compile(r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$", re.MULTILINE)
-_PYTHON_REASON = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*$", re.MULTILINE)
-_SAYS_NOTHING = ("awaitResult", "failed barrier ResultStage")
 _RESULT_SCHEMA = "rank int, part int, payload binary"
 _FAILURE_PART = -1  # in place of a result: what all ranks refused with
 
@@ -86,8 +87,9 @@ def launch_stage(
     run_id: str,
     on_event: Callable[[Event], None] | None = None,
     attempt: int = 1,
-    timeouts: Any = None,
+    timeouts: Timeouts | None = None,
     directory: str | None = None,
+    profile: "ResourceProfile | None" = None,
 ) -> list[list[bytes]]:
     """Run ``body`` in one barrier task per partition of ``source``.
 
@@ -97,6 +99,11 @@ def launch_stage(
         world_size: Ranks.
         run_id: Identifies the run in logs, keys and Spark's job tags.
         on_event: Called on the driver for every progress event.
+        attempt: How often the run was started, this time included.
+        timeouts: How long ranks wait; None for the defaults.
+        directory: URL of a directory that driver and executors reach: ranks that cannot connect to the driver leave
+            their events there.
+        profile: Resources of the tasks; None for the session's.
 
     Returns:
         The chunks that each rank yielded, in rank order.
@@ -105,30 +112,33 @@ def launch_stage(
         SparkdlError: The first cause of a failure, by class where it is one of sparkdl's own.
     """
     spark = source.sparkSession
-    failures: dict[int, Failure] = {}
-    cause_known = threading.Event()
-
-    def receive(event: Event) -> None:
-        if event["event"] == "failure":
-            failure = Failure(**{name: event[name] for name in Failure.__slots__})
-            failures.setdefault(failure.rank, failure)
-            if not failure.consequence:
-                cause_known.set()
-        elif on_event is not None:
-            on_event(event)
-
+    monitor = Monitor(world_size, on_event)
     failed: Exception | None = None
-    with open_channel(_driver_host(spark), receive) as channel:
-        task = functools.partial(_run_task, dumps(body, "the function"), run_id, world_size, channel)
+    with contextlib.ExitStack() as stack:
+        channel = stack.enter_context(open_channel(_driver_host(spark), monitor.receive))
+        if directory is not None:
+            stack.enter_context(
+                poll_event_files(
+                    directory,
+                    attempt=attempt,
+                    world_size=world_size,
+                    on_event=monitor.receive_file,
+                    is_silent=monitor.is_silent,
+                )
+            )
+        settings = _Settings(run_id, world_size, channel, attempt, timeouts, directory)
+        task = functools.partial(_run_task, dumps(body, "the function"), settings)
         try:
-            table = _collect(source.mapInArrow(task, _RESULT_SCHEMA, barrier=True), tag=run_id, give_up=cause_known)
+            job = source.mapInArrow(task, _RESULT_SCHEMA, barrier=True, profile=profile)
+            table = _collect(job, tag=run_id, give_up=monitor.knows_cause)
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
                 raise
             failed = error
+            monitor.settle(error)
     # The channel is closed: what ranks had sent is in.
     if failed is not None:
-        raise _first_cause(failed, failures) from None
+        raise monitor.error(failed) from None
     results: list[list[bytes]] = [[] for _ in range(world_size)]
     for row in table.sort_by([("rank", "ascending"), ("part", "ascending")]).to_pylist():
         if row["part"] == _FAILURE_PART:
@@ -137,10 +147,22 @@ def launch_stage(
     return results
 
 
-def _collect(job: "DataFrame", *, tag: str, give_up: threading.Event) -> pa.Table:
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What a barrier task is told beside what to do."""
+
+    run_id: str
+    world_size: int
+    channel: ChannelAddress | None
+    attempt: int
+    timeouts: Timeouts | None
+    directory: str | None
+
+
+def _collect(job: "DataFrame", *, tag: str, give_up: Callable[[], bool]) -> pa.Table:
     """`DataFrame.toArrow` that Ctrl-C stops at once: Spark's own waits for the end of the job even then.
 
-    Once ``give_up`` is set, the job has some seconds to end by itself: Spark hears of a failed task only when its
+    Once ``give_up`` says so, the job has some seconds to end by itself: Spark hears of a failed task only when its
     Python process is gone, which may take long.
     """
     spark = job.sparkSession
@@ -156,7 +178,7 @@ def _collect(job: "DataFrame", *, tag: str, give_up: threading.Event) -> pa.Tabl
     thread = threading.Thread(target=inheritable_thread_target(spark)(collect), name="sparkdl-stage", daemon=True)
     thread.start()
     try:
-        while not done.done() and not give_up.is_set():
+        while not done.done() and not give_up():
             thread.join(timeout=0.2)
         thread.join(timeout=_GRACE_SECONDS)
         if not done.done():
@@ -214,19 +236,21 @@ def chunks(payload: bytes) -> Iterator[bytes]:
         yield bytes(view[start : start + _CHUNK_BYTES])
 
 
-def _run_task(
-    body: bytes,
-    run_id: str,
-    world_size: int,
-    channel: ChannelAddress | None,
-    batches: Iterator[pa.RecordBatch],
-) -> Iterator[pa.RecordBatch]:
+def _run_task(body: bytes, settings: _Settings, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """What Spark calls in every barrier task."""
-    rank = RankContext.of_barrier_task(run_id, channel)
+    rank = RankContext.of_barrier_task(
+        settings.run_id,
+        settings.channel,
+        attempt=settings.attempt,
+        timeouts=settings.timeouts,
+        directory=settings.directory,
+    )
     try:
-        rank.check_world_size(world_size)
-        for part, payload in enumerate(pickle.loads(body)(rank, batches)):
-            yield _row(rank, part, payload)
+        with rank.watched():
+            rank.check_world_size(settings.world_size)
+            for part, payload in enumerate(pickle.loads(body)(rank, batches)):
+                rank.clock.at("done", rank.clock.place.step)  # from here on the rank waits for Spark alone
+                yield _row(rank, part, payload)
     except Exception as error:
         account = json.dumps(asdict(rank.report(error)))
         if not rank.refused:
@@ -283,29 +307,3 @@ def _driver_host(spark: "SparkSession") -> str:
     if hasattr(spark, "_jsparkSession"):
         return spark.conf.get("spark.driver.host") or "127.0.0.1"
     return local_address(spark.client.host)
-
-
-def _first_cause(error: Exception, failures: dict[int, Failure]) -> SparkdlError:
-    """What really went wrong, from the ranks' own accounts, else from Spark's."""
-    text = str(error)
-    known = dict(failures)
-    for line in text.splitlines():
-        if line.strip().startswith(FAILURE_NOTE):
-            try:
-                failure = Failure(**json.loads(line.strip().removeprefix(FAILURE_NOTE)))
-            except (ValueError, TypeError):
-                continue
-            known.setdefault(failure.rank, failure)
-    if any(not failure.consequence for failure in known.values()):
-        return error_of(known)
-    reasons = [match for match in _JAVA_REASON.findall(text) if not any(words in match for words in _SAYS_NOTHING)]
-    raised = _PYTHON_REASON.findall(text.partition("Traceback (most recent call last):")[2])
-    reason = (raised or reasons or [text.strip().partition("\n")[0]])[0]
-    silent = "exited unexpectedly" in text or "ExecutorLost" in text or bool(known)
-    lead = "A rank's process died without a word (killed, or out of memory?). " if silent else ""
-    seen = "".join(f"\n  rank {rank}: {known[rank].message}" for rank in sorted(known))
-    return TrainingFailedError(
-        f"{lead}Spark says: {reason}" + (f"\nThe other ranks saw only the consequence:{seen}" if seen else ""),
-        known,
-        lost=silent,
-    )

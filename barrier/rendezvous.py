@@ -22,6 +22,7 @@ __all__ = ["Entry", "StoreAddress", "Versions", "agree", "bind_store", "error_of
 
 Versions = dict[str, str]
 _SECRET_BYTES = 16
+_LOST = ("Hang", "Preempted")  # kinds of failure that a rank's own code does not explain
 
 
 class StoreAddress(tuple[str, int]):
@@ -106,12 +107,14 @@ def agree(entry: Entry, all_gather: Callable[[str], Sequence[str]]) -> tuple[Ent
 
 def error_of(failures: dict[int, Failure]) -> SparkdlError:
     """The exception that stands for the failures of some ranks: the first cause, by class where it is one of ours."""
-    first = min(failures.values(), key=lambda failure: failure.consequence)
+    first = min(failures.values(), key=lambda failure: (failure.consequence, failure.time))
     kind = getattr(errors, first.kind, None)
     if isinstance(kind, type) and issubclass(kind, SparkdlError) and kind is not TrainingFailedError:
         return kind(first.message)
     return TrainingFailedError(
-        f"Rank {first.rank} on {first.host} failed: {first.kind}: {first.message}\n\n{first.traceback}", failures
+        f"Rank {first.rank} on {first.host} failed: {first.kind}: {first.message}\n\n{first.traceback}",
+        failures,
+        lost=all(failure.consequence or failure.kind in _LOST for failure in failures.values()),
     )
 
 

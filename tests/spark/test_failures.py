@@ -137,8 +137,9 @@ def rows(spark: SparkSession) -> DataFrame:
 def fit(
     df: DataFrame, module: nn.Module, loss: Any = "mse", *, epochs: int = 50, workers: int = 2, **params: Any
 ) -> TorchModel:
+    settings = {"maxRestarts": 0, "verbose": False, **params}
     estimator = TorchEstimator(
-        module=module, loss=loss, maxEpochs=epochs, batchSize=BATCH, numTrainWorkers=workers, verbose=False, **params
+        module=module, loss=loss, maxEpochs=epochs, batchSize=BATCH, numTrainWorkers=workers, **settings
     )
     return estimator.fit(df)
 
