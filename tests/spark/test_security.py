@@ -1,7 +1,10 @@
 """What a stranger on the network reaches while ranks train, and where secrets must not be found."""
 
+import base64
 import json
 import os
+import re
+import secrets
 import socket
 import struct
 import subprocess
@@ -308,3 +311,132 @@ def test_ranks_train_on_and_come_to_the_right_end_whatever_strangers_send(seen: 
         assert result["message"] == (0 if rank == size - 1 else rank)
         assert result["gradient"] == [[[4.0, 4.0]], [4.0]]
         assert [address for address, _ in result["listening"] if not is_loopback(address)] == []
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+# Two fits that fail, in a Spark of its own: secrets come from a file, as on a cluster, and everything is logged.
+LEAK = """
+import json, logging, os, secrets, sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+logging.basicConfig(level=logging.DEBUG)
+logging.getLogger("py4j").setLevel(logging.WARNING)  # what it logs at DEBUG is every command, closures included
+drawn, draw = [], secrets.token_bytes
+
+def noted(size=None):
+    drawn.append(draw(size))
+    return drawn[-1]
+
+secrets.token_bytes = noted
+
+import psutil
+import torch
+import torch.distributed as dist
+from pyspark.sql import SparkSession, functions as F
+from sparkdl import SparkdlError, TorchRegressor
+from sparkdl.io import ParquetDataset
+
+class Failing(torch.nn.Linear):
+    def forward(self, features):
+        if not dist.is_initialized():
+            return super().forward(features)
+        logging.getLogger().setLevel(logging.DEBUG)
+        logging.getLogger("user").warning("a warning of the user's")
+        keys = dist.distributed_c10d._get_default_store()._underlying_non_prefix_store.list_keys()
+        found = {"auth": os.environ["_SPARK_AUTH_SECRET"], "keys": keys}
+        found["commands"] = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        part = folder / f"part-{dist.get_rank()}"
+        part.write_text(json.dumps(found))
+        part.rename(folder / f"rank-{dist.get_rank()}.json")
+        dist.barrier()
+        raise RuntimeError("planted failure")
+
+spark = SparkSession.builder.getOrCreate()
+settings = dict(batchSize=8, maxEpochs=1, numTrainWorkers=2, verbose=False, maxRestarts=0, allowUnencryptedTraffic=True)
+df = spark.range(32).select(F.array(F.col("id").cast("float")).alias("features"), F.col("id").alias("label"))
+rows = ParquetDataset("s3://bucket/rows", storage_options=json.loads(Path(sys.argv[2]).read_text()))
+told = []
+for data in (df, rows):
+    try:
+        TorchRegressor(module=Failing(1, 1), **settings).fit(data)
+    except SparkdlError as error:
+        logging.exception("it failed")
+        told.append(f"{error} {error!r} {getattr(error, 'failures', '')!r}")
+spark.stop()
+(folder / "driver.json").write_text(json.dumps({"drawn": [key.hex() for key in drawn], "told": told + [repr(rows)]}))
+"""
+
+SETTINGS = """
+spark.master local[2]
+spark.ui.enabled false
+spark.driver.host 127.0.0.1
+spark.authenticate true
+spark.authenticate.secret {auth}
+spark.eventLog.enabled true
+spark.eventLog.compress false
+spark.eventLog.dir {events}
+"""
+
+
+@pytest.fixture(scope="module")
+def leaks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The secrets of two fits that failed, by what they are for; and texts that others may read, by where they are."""
+    folder = tmp_path_factory.mktemp("leaks")
+    for name in ("conf", "out", "events"):
+        (folder / name).mkdir()
+    auth = secrets.token_hex(20)
+    (folder / "conf" / "spark-defaults.conf").write_text(SETTINGS.format(auth=auth, events=folder / "events"))
+    options = {"access_key": f"AKIA{secrets.token_hex(8)}", "secret_key": secrets.token_hex(20)}
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        closed = f"127.0.0.1:{nobody.getsockname()[1]}"
+    options_file = folder / "options.json"
+    options_file.write_text(json.dumps({**options, "endpoint_override": closed, "scheme": "http", "region": "here"}))
+    script = folder / "leak.py"
+    script.write_text(LEAK)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "out"), str(options_file)],
+        # In local mode Spark gives the workers no such variable; on a cluster it does.
+        env={**os.environ, "SPARK_CONF_DIR": str(folder / "conf"), "_SPARK_AUTH_SECRET": auth},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    ranks = [json.loads((folder / "out" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    driver = json.loads((folder / "out" / "driver.json").read_text())
+    assert ranks[0]["auth"] == auth, "the workers had no secret, so this test shows nothing"
+    hidden = {"_SPARK_AUTH_SECRET": auth, **options}
+    for number, key in enumerate(driver["drawn"]):
+        hidden[f"channel {number}"] = key
+    hidden["store"] = re.findall(r"/([0-9a-f]{32})/", " ".join(ranks[0]["keys"]))[0]
+    texts = {
+        "output": [done.stdout, done.stderr],
+        "errors": driver["told"],
+        "command lines": [line for rank in ranks for line in rank["commands"]],
+        "event log": [path.read_text() for path in (folder / "events").rglob("*") if path.is_file()],
+    }
+    return hidden, texts
+
+
+def test_the_fits_failed_and_were_logged(leaks: tuple[dict[str, str], dict[str, list[str]]]) -> None:
+    hidden, texts = leaks
+    assert {"store", "channel 0", "secret_key"} < set(hidden)
+    assert "planted failure" in texts["errors"][0]
+    assert "Could not connect" in texts["errors"][1]
+    assert "DEBUG:" in texts["output"][1]
+    assert any("pyspark.daemon" in line for line in texts["command lines"])
+    assert "MapInArrow" in "".join(texts["event log"])
+
+
+@pytest.mark.parametrize("where", ["output", "errors", "command lines", "event log"])
+def test_no_secret_is_shown(leaks: tuple[dict[str, str], dict[str, list[str]]], where: str) -> None:
+    hidden, texts = leaks
+    for name, secret in hidden.items():
+        forms = [secret]
+        if len(secret) % 2 == 0 and re.fullmatch("[0-9a-f]+", secret):
+            raw = bytes.fromhex(secret)
+            forms += [repr(raw)[2:-1], base64.b64encode(raw).decode().rstrip("=")]
+        shown = [form for form in forms if any(form in text for text in texts[where])]
+        assert not shown, f"the secret for {name} is in the {where}"
