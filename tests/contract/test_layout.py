@@ -216,6 +216,25 @@ def strangers(root: Path) -> list[str]:
     return faults
 
 
+def rpc_uses(root: Path) -> list[str]:
+    """One sentence for each place that names torch's RPC: it runs what anybody on the network sends it."""
+    faults = []
+    for module, path in modules_in(root).items():
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        names = [(node.lineno, ast.unparse(node)) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        names += [
+            (node.lineno, target) for node, _ in _import_nodes(tree, on_load=True) for target in _targets(node, "")
+        ]
+        for line, name in names:
+            if "distributed.rpc." in f"{name}." or name == "dist.rpc":
+                faults.append(f"{path.relative_to(root)}:{line}: {module} uses torch's RPC")
+    return faults
+
+
+def test_no_module_uses_torch_rpc():
+    assert rpc_uses(ROOT) == []
+
+
 def test_imports_point_down_only():
     assert upward_imports(ROOT) == []
 
@@ -328,6 +347,23 @@ def test_a_stranger_is_found(tree, path, text):
     root, write = tree
     write(path, text)
     assert len(strangers(root)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch.distributed.rpc",
+        "from torch.distributed import rpc",
+        "from torch.distributed.rpc import rpc_sync",
+        "def f():\n    import torch.distributed.rpc as r",
+        "import torch\ntorch.distributed.rpc.init_rpc('x')",
+        "import torch.distributed as dist\ndist.rpc.init_rpc('x')",
+    ],
+)
+def test_a_use_of_rpc_is_found(tree, text):
+    root, write = tree
+    write("sparkdl/trainer.py", text)
+    assert rpc_uses(root)
 
 
 @pytest.mark.slow
