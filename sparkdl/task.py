@@ -164,7 +164,8 @@ def run_rank(
             collective_timeout=config.timeouts.collective,
         ):
             data, learnt = ready.source.open_data(found.shard_rows, found.layout, device, threads)
-            strategy = DataParallel(rank.world.hosts)
+            clock = rank.clock
+            strategy = DataParallel(rank.world.hosts, on_computed=lambda: clock.at("reduce", clock.place.step))
             example = _example(ready.sample, found.layout, spec.columns, device)
             strategy.prepare(module, objective, ready.optimizer, find_unused_parameters=found.unused, example=example)
             with _open_saver(store, spec, data.plan.num_steps) as saver:
@@ -175,10 +176,12 @@ def run_rank(
                     device=device,
                     has_validation=found.has_validation,
                     report=_reporter(rank),
+                    clock=clock,
                     saver=saver,
                 )
                 name = entries[0].facts["checkpoint"]
                 if store is not None and name is not None:
+                    clock.at("checkpoint", 0)
                     trainer.load_state_dict(data, store.load(name))
                 epoch, step = data.position
                 resumed = epoch * data.plan.num_steps + step

@@ -148,7 +148,7 @@ class Trainer:
                 record["validation_loss"] = self._validate(data)
             self._history.append(record)
             self._report({**record, "event": "epoch"})
-            if due:
+            if due or (self._saver is not None and epoch + 1 == self._config.max_epochs):
                 self._save(data)
             if self._config.balance_shards and whole:
                 self._balance(data, sums)

@@ -89,9 +89,8 @@ class Saver:
     ) -> None:
         try:
             self._writer.__exit__(kind, error, traceback)
-        except CheckpointError as late:
-            if error is None:
-                logger.warning("the last checkpoint is missing: %s", late)  # the model is trained all the same
+        except CheckpointError as late:  # the training is done all the same
+            logger.warning("%s", late)
 
     def take_stalled_seconds(self) -> float:
         """Seconds for which saving has held up this rank since this was asked last."""
@@ -117,7 +116,7 @@ class Saver:
         return bool(self._answers.any())
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Hand the state to the writer; after an answer of `agreed`.
+        """Hand the state to the writer, which may still be busy; after an answer of `agreed`, and at the end.
 
         Args:
             step: Optimizer steps of the run so far.
@@ -125,21 +124,33 @@ class Saver:
             facts: What shall be known of the checkpoint without reading its state.
 
         Raises:
-            Preempted: A rank was told to stop. The state is on storage by then.
+            CheckpointError: The state holds what cannot be stored.
+            Preempted: A rank was told to stop. The state is on storage by then, if the store could be written to.
         """
         began = time.monotonic()
         stop = bool(self._answers[1])
+        saved = torch.zeros((), dtype=torch.int32)
         if self._rank == 0:
-            if stop:
-                self._writer.wait()
-            self._writer.save(step, state, facts)
+            self._wait()
+            saved += self._writer.save(step, state, facts)
             self._due, self._saved = False, began
             if stop:
-                self._writer.wait()
+                saved *= self._wait()
         self._stalled += time.monotonic() - began
         if stop:
-            dist.barrier(group=self._group)  # the others must not end the run before its state is on storage
-            raise Preempted(f"a rank was told to stop (SIGTERM); the state after step {step} was saved")
+            dist.all_reduce(saved, group=self._group)  # none may end the run before its state is on storage
+            outcome = "was saved" if saved else "could not be saved"
+            raise Preempted(f"a rank was told to stop (SIGTERM); the state after step {step} {outcome}")
+
+    def _wait(self) -> bool:
+        """Until the last checkpoint is on storage; False where it is not, which fails no training."""
+        failures = len(self._writer.failures)
+        try:
+            self._writer.wait()
+        except CheckpointError as error:
+            logger.warning("%s The training goes on.", error)
+            return False
+        return len(self._writer.failures) == failures
 
 
 @contextlib.contextmanager
