@@ -275,7 +275,7 @@ def test_a_scheme_that_nobody_knows_is_a_finding() -> None:
 
 
 def test_a_message_holds_no_credentials() -> None:
-    options = {"secret_key": "hush", "access_key": "hush", "unknown_hush": "hush"}
+    options = {"region": "x", "secret_key": "hush", "access_key": "hush", "unknown_hush": "hush"}
     found = probe_directory("stagingDir", "s3://b/x", options, probe_id="p", host="a", index=0, num_tasks=1)
     assert found.error
     assert "hush'" not in found.error.replace("unknown_hush", "")
