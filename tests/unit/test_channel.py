@@ -1,17 +1,20 @@
 """The channel from ranks to driver: ordered, closed to strangers, and never in the way of a run."""
 
 import contextlib
+import json
 import os
 import pickle
 import queue
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +367,132 @@ def test_a_driver_that_hangs_up_costs_nothing() -> None:
 
 def test_a_host_without_a_name_costs_a_rank_some_seconds_once() -> None:
     assert cost(ChannelAddress("no.such.host.invalid", 9, b"key")) < 12
+
+
+# ---- a driver that stops, or comes back ------------------------------------------------------------------------------
+DRIVER = """
+import json, sys
+from sparkdl.barrier.channel import open_channel
+with open_channel("127.0.0.1", lambda event: print(json.dumps(event), flush=True)) as address:
+    print(address.port, address.secret.hex(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def driver_process() -> Iterator[tuple[subprocess.Popen[str], ChannelAddress]]:
+    """A driver that can be stopped."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        assert process.stdout is not None
+        port, secret = process.stdout.readline().split()
+        yield process, ChannelAddress("127.0.0.1", int(port), bytes.fromhex(secret))
+    finally:
+        process.kill()
+        process.communicate(timeout=PATIENCE)
+
+
+def test_a_driver_that_is_stopped_holds_up_nobody_and_hears_of_the_failure_when_it_goes_on() -> None:
+    with driver_process() as (process, address), contextlib.closing(RankChannel(address, rank=0, host="h")) as channel:
+        assert process.stdout is not None
+        channel.send("before")
+        assert json.loads(process.stdout.readline())["event"] == "before"
+        os.kill(process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        channel.send("failure", message="planted")
+        for step in range(20_000):
+            channel.send("step", step=step, text="x" * 1000)
+        assert time.monotonic() - began < PROMPT, "the rank waited for its driver"
+        assert not channel.flush(0.2)
+        os.kill(process.pid, signal.SIGCONT)
+        assert json.loads(process.stdout.readline())["event"] == "failure"
+        steps = [json.loads(process.stdout.readline())["step"]]
+        while steps[-1] < 19_999:
+            steps.append(json.loads(process.stdout.readline())["step"])
+        assert steps == sorted(steps)
+        assert len(steps) < 20_000, "what waited was not bounded"
+
+
+def test_closing_does_not_wait_for_a_driver_that_is_stopped() -> None:
+    with driver_process() as (process, address):
+        channel = RankChannel(address, rank=0, host="h")
+        channel.send("before")
+        assert channel.flush(PATIENCE)
+        os.kill(process.pid, signal.SIGSTOP)
+        for step in range(1000):
+            channel.send("step", step=step, text="x" * 20_000)
+        began = time.monotonic()
+        channel.close()
+        assert time.monotonic() - began < 6
+
+
+def test_a_driver_that_comes_back_hears_of_the_failure() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with contextlib.closing(RankChannel(ChannelAddress("127.0.0.1", port, b"key"), rank=0, host="h")) as channel:
+        channel.send("failure", message="planted")
+        assert not channel.flush(PATIENCE)
+        with Listener(("127.0.0.1", port), authkey=b"key") as late, late.accept() as connection:
+            assert json.loads(connection.recv_bytes())["message"] == "planted"
+
+
+def test_failures_are_kept_and_the_oldest_progress_is_forgotten() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with contextlib.closing(RankChannel(ChannelAddress("127.0.0.1", port, b"key"), rank=0, host="h")) as channel:
+        channel.send("failure", message="planted")
+        for step in range(3000):
+            channel.send("step", step=step)
+        with Listener(("127.0.0.1", port), authkey=b"key") as late, late.accept() as connection:
+            heard = [json.loads(connection.recv_bytes()) for _ in range(1000)]
+    assert heard[0]["event"] == "failure"
+    assert [event["step"] for event in heard[1:]] == list(range(2001, 3000))
+
+
+def test_an_event_after_the_end_is_not_sent(driver: Driver) -> None:
+    channel = RankChannel(driver.address, rank=0, host="h")
+    channel.send("last")
+    channel.close()
+    channel.send("after")
+    channel.close()
+    assert driver.next()["event"] == "last"
+    with pytest.raises(queue.Empty):
+        driver.next(timeout=0.3)
+
+
+def test_several_threads_may_send(driver: Driver) -> None:
+    with driver.rank() as channel:
+
+        def report(number: int) -> None:
+            for step in range(100):
+                channel.send("step", thread=number, step=step)
+
+        threads = [threading.Thread(target=report, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        events = [driver.next() for _ in range(800)]
+        for thread in threads:
+            thread.join()
+    for number in range(8):
+        assert [event["step"] for event in events if event["thread"] == number] == list(range(100))
+
+
+def test_a_rank_that_ends_without_a_goodbye_is_noticed(driver: Driver) -> None:
+    with Client(driver.place, authkey=driver.address.secret) as connection:
+        connection.send_bytes(b'{"event": "step", "rank": 7, "host": "far"}')
+        assert driver.next()["event"] == "step"
+    assert driver.next() == {"event": "gone", "rank": 7, "host": "far"}
+    with driver.rank(1) as channel:
+        channel.send("step")
+        assert driver.next()["event"] == "step"
+    with pytest.raises(queue.Empty):
+        driver.next(timeout=0.3)
+
+
+def test_a_rank_that_stops_in_the_middle_of_an_event_holds_up_nobody(driver: Driver) -> None:
+    with Client(driver.place, authkey=driver.address.secret) as connection, driver.rank() as channel:
+        os.write(connection.fileno(), (1000).to_bytes(4, "big") + b"{")
+        channel.send("step")
+        assert driver.next()["event"] == "step"
