@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from sparkdl.barrier.findings import ExecutorFacts, Finding, Report, Request
 from sparkdl.barrier.ports import check_ports
 from sparkdl.barrier.probe import ask_executors, ask_here
-from sparkdl.barrier.resources import await_slots, find_executors, find_settings, find_slots, is_classic, is_local
+from sparkdl.barrier.resources import (
+    await_slots,
+    find_executors,
+    find_settings,
+    find_slots,
+    is_classic,
+    is_local,
+    settings_of,
+)
 from sparkdl.barrier.rules import (
     judge_directories,
     judge_disks,
@@ -92,7 +100,8 @@ def preflight(
         findings += judge_python(executors, ask_here())
         findings += judge_disks(request, executors)
         findings += judge_directories(request, executors)
-    findings += judge_gpus(request, settings, executors)
+    given = settings if profile is None else {**settings, **settings_of(profile)}
+    findings += judge_gpus(request, given, executors)
     placed = find_executors(spark)
     findings += judge_encryption(request, settings, local=local, num_hosts=len(placed.hosts) if placed else None)
     findings += judge_settings(settings)

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from sparkdl.barrier.world import host_of
+from sparkdl.config import Device
 
 if TYPE_CHECKING:
     from pyspark.resource import ResourceProfile
@@ -28,10 +29,13 @@ __all__ = [
     "is_classic",
     "is_local",
     "plan_profile",
+    "profile_for",
+    "settings_of",
     "slots_of_master",
 ]
 
 _REGISTRATION = timedelta(seconds=30)  # as spark.scheduler.maxRegisteredResourcesWaitingTime
+_FIRST_EXECUTOR, _SETTLING = timedelta(minutes=2), timedelta(seconds=10)
 _profiles: "weakref.WeakKeyDictionary[SparkSession, dict[TaskRequest, ResourceProfile]]" = weakref.WeakKeyDictionary()
 
 
@@ -113,16 +117,23 @@ def find_slots(spark: "SparkSession", profile: "ResourceProfile | None" = None) 
 def await_slots(spark: "SparkSession", wanted: int, profile: "ResourceProfile | None" = None) -> int | None:
     """As `find_slots`, but a young application gets time until its executors have registered.
 
-    A cluster starts executors after the session; counting them at once would find too few. Thirty seconds after the
-    application's start whatever is there counts.
+    A cluster starts executors after the session; counting them at once would find too few. An application is young
+    for 30 seconds after its start, for 2 minutes while it has no executor at all, and for 10 seconds after the last one
+    came during this call. Whatever is there then counts.
     """
     slots = find_slots(spark, profile)
     if slots is None or is_local(spark) or not is_classic(spark):
         return slots
-    end = spark.sparkContext.startTime / 1000 + _REGISTRATION.total_seconds()
-    while slots is not None and slots < wanted and time.time() < end:
+    started = spark.sparkContext.startTime / 1000
+    grown = 0.0
+    while slots < wanted:
+        patience = _FIRST_EXECUTOR if slots == 0 else _REGISTRATION
+        if time.time() > max(started + patience.total_seconds(), grown + _SETTLING.total_seconds()):
+            break
         time.sleep(0.2)
-        slots = find_slots(spark, profile)
+        before, slots = slots, find_slots(spark, profile) or 0
+        if slots > before:
+            grown = time.time()
     return slots
 
 
@@ -200,6 +211,31 @@ def build_profile(spark: "SparkSession") -> "ResourceProfile | None":
     if request not in known:
         known[request] = _build(request)
     return known[request]
+
+
+def profile_for(spark: "SparkSession", device: Device) -> "ResourceProfile | None":
+    """The resource profile of the ranks: where executors have GPUs, each rank gets one of its own.
+
+    Args:
+        spark: The session.
+        device: As in `sparkdl.config.TrainConfig`.
+
+    Returns:
+        None where the session's own settings do, or Spark supports no other.
+    """
+    settings = find_settings(spark)
+    if device == "cpu" or not float(settings.get("spark.executor.resource.gpu.amount", 0)):
+        return None
+    if float(settings.get("spark.task.resource.gpu.amount", 0)) >= 1:
+        return None
+    return build_profile(spark)
+
+
+def settings_of(profile: "ResourceProfile") -> dict[str, str]:
+    """What a profile asks for each task, as settings of a session that would ask for the same."""
+    requests = profile.taskResources
+    names = {"cpus": "spark.task.cpus", "gpu": "spark.task.resource.gpu.amount"}
+    return {names[name]: f"{request.amount:g}" for name, request in requests.items() if name in names}
 
 
 def _build(request: TaskRequest) -> Any:

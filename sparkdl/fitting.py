@@ -17,8 +17,10 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from torch import nn
 
+from sparkdl.barrier.findings import Request
 from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
-from sparkdl.barrier.preflight import check_executor_python, check_slots, find_slots
+from sparkdl.barrier.preflight import preflight
+from sparkdl.barrier.resources import find_settings, find_slots, profile_for
 from sparkdl.barrier.supervise import Restart, RestartPolicy, supervise
 from sparkdl.checks import build_module, check_config, floating_dtype
 from sparkdl.config import Column, Columns, RunSpec, TrainConfig
@@ -119,11 +121,12 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         else:
             spark = dataset.sparkSession
             job = self._checked(dataset, config)
-        slots = check_slots(spark, config.num_train_workers)
-        if slots is not None:
-            logger.info("numTrainWorkers: %d of %d slots used", config.num_train_workers, slots)
         payload = dumps((job.module, job.objective, job.recipe, job.transform), "module, loss, optimizer and transform")
-        check_executor_python(spark)
+        profile = profile_for(spark, config.device)
+        report = preflight(spark, _request(config), profile=profile)
+        report.raise_errors()
+        if report.slots is not None:
+            logger.info("numTrainWorkers: %d of %d slots used", config.num_train_workers, report.slots)
 
         thresholds = self._value("thresholds") if self.hasParam("thresholds") else None
         spec = RunSpec(
@@ -132,6 +135,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             columns=job.columns,
             payload=payload,
             thresholds=None if thresholds is None else len(thresholds),
+            encrypt_spool=find_settings(spark).get("spark.io.encryption.enabled", "false").lower() == "true",
         )
         policy = RestartPolicy(
             max_restarts=config.max_restarts,
@@ -158,9 +162,10 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                     attempt=attempt,
                     timeouts=config.timeouts,
                     directory=spec.checkpoint_url,
+                    profile=profile,
                 )
 
-            chunks = supervise(run, policy, find_slots=lambda: find_slots(spark), on_restart=restarts.append)
+            chunks = supervise(run, policy, find_slots=lambda: find_slots(spark, profile), on_restart=restarts.append)
         if not all(chunks):  # Spark sees that a plan has no rows, and starts no tasks for it
             raise DataError("The DataFrame has no rows to train on. Check the filters and joins before fit.")
         results = [RankResult.of_chunks(found) for found in chunks]
@@ -381,6 +386,18 @@ class _OpenRows:
         partitioning = spec.config.partitioning or "sample"
         ranks = spec.config.num_train_workers
         return deal_rows(self.spooled, spec.columns, world_size=ranks, partitioning=partitioning, **_dealing(spec))
+
+
+def _request(config: TrainConfig) -> Request:
+    return Request(
+        num_train_workers=config.num_train_workers,
+        device=config.device,
+        staging_dir=config.staging_dir,
+        checkpoint_dir=config.checkpoint_dir,
+        cache=config.cache,
+        allow_unencrypted_traffic=config.allow_unencrypted_traffic,
+        min_workers=config.min_workers,
+    )
 
 
 def _dealing(spec: RunSpec) -> dict[str, Any]:
