@@ -39,8 +39,8 @@ def ask_executors(
         count_gpus: Ask torch for GPUs, where the host has any.
 
     Returns:
-        What was found, one entry for each Python on each host. Where the executors cannot run Python at all, Spark's own
-        error comes through.
+        What was found, one entry for each Python on each host. Where the executors cannot run Python at all,
+        Spark's own error comes through.
     """
     tasks, probe_id = min(num_tasks, _MOST_TASKS), uuid.uuid4().hex[:12]
     ask = _probe(_NEEDED, dict(directories), storage_options, probe_id, tasks, count_gpus)
