@@ -46,6 +46,10 @@ test: java $(STAMP) ## Run the test suite and show the ten slowest tests
 test-slow: java $(STAMP) ## Run the tests that take a minute or more
 	$(PY) -m pytest -m slow --durations=10 $(ARGS)
 
+.PHONY: faults
+faults: java $(STAMP) ## Break ranks, executors, hosts, links and disks, and measure what follows
+	SPARKDL_FAULTS_RESULTS=benchmarks/results $(PY) -m pytest -m faults $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP) link-tree ## Check format, rules and types
 	$(BIN)/ruff format --check $(CODE)

@@ -4,6 +4,7 @@ A `FailAt` sits in a module and counts the forwards of its rank. What it did, an
 files of a folder that outlives all processes, so that a test can tell when what happened.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -15,9 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Kind = Literal["none", "raise", "exit", "sigkill", "sigstop", "sigterm", "hang", "slow", "nan", "memory", "executor"]
+Kind = Literal[
+    "none", "raise", "linger", "exit", "sigkill", "sigstop", "sigterm", "hang", "gil", "slow", "nan", "memory",
+    "executor", "host", "outside",
+]  # fmt: skip
 PLANTED = "planted failure"
 SLOW_SECONDS = 0.05
+LINGER_SECONDS = 10.0
+OUTSIDE_SECONDS = 60.0
+
+
+class SlowToDie:
+    """Keeps the process that lets go of it alive for ten seconds."""
+
+    def __del__(self) -> None:
+        time.sleep(LINGER_SECONDS)
 
 
 @dataclass
@@ -27,7 +40,9 @@ class FailAt:
     Attributes:
         rank: The rank.
         step: The forward, from 1, of the process that it happens to.
-        kind: What happens.
+        kind: What happens. "linger" raises and stays alive for ten seconds, "gil" waits in C without letting go of
+            Python's lock, "executor" kills the JVM, "host" also the standalone worker that would start another one, and
+            "outside" waits until somebody else has done something (`acted`).
         folder: Where notes are kept.
         every: Let every process of the rank fail, not only the first.
     """
@@ -60,31 +75,44 @@ class FailAt:
             return self._fail(output)
         return output
 
+    def _await_outside(self) -> None:
+        end = time.time() + OUTSIDE_SECONDS
+        while not (Path(self.folder) / "acted").exists():
+            if time.time() > end:
+                raise TimeoutError("nothing happened")
+            time.sleep(0.01)
+
     def _fail(self, output: Tensor) -> Tensor:
         if self.kind == "raise":
             raise RuntimeError(PLANTED)
+        if self.kind == "linger":
+            error = RuntimeError(PLANTED)
+            error.holder = SlowToDie()  # goes when the exception goes
+            raise error
         if self.kind == "exit":
             os._exit(3)
         if self.kind in ("sigkill", "sigstop", "sigterm"):
             os.kill(os.getpid(), getattr(signal, self.kind.upper()))
         if self.kind == "hang":
             time.sleep(3600)
+        if self.kind == "gil":
+            ctypes.PyDLL(None).sleep(3600)
         if self.kind == "memory":
             torch.empty(1 << 60, dtype=torch.uint8)
-        if self.kind == "executor":
-            os.kill(executor_pid(), signal.SIGKILL)
+        if self.kind in ("executor", "host"):
+            for pid in java_pids()[::-1] if self.kind == "host" else java_pids()[:1]:
+                os.kill(pid, signal.SIGKILL)
             time.sleep(3600)
+        if self.kind == "outside":
+            self._await_outside()
         return output * float("nan") if self.kind == "nan" else output
 
 
-def executor_pid() -> int:
-    """The JVM whose task this process runs: the parent of the daemon that forked it."""
+def java_pids() -> list[int]:
+    """The JVMs above this process: the executor that forked its daemon, and the worker that started the executor."""
     import psutil
 
-    process = psutil.Process()
-    while process.name() != "java":
-        process = process.parent()
-    return process.pid
+    return [process.pid for process in psutil.Process().parents() if process.name() == "java"]
 
 
 class Fragile(nn.Module):
@@ -118,5 +146,13 @@ def steps_of(folder: str, rank: int) -> list[Step]:
 
 
 def failed_at(folder: str) -> float:
-    """When it happened, in seconds since the epoch."""
-    return float((Path(folder) / "failed").read_text().split()[0])
+    """When it happened, in seconds since the epoch; where it happened outside of the rank, when that was done."""
+    acted, failed = Path(folder) / "acted", Path(folder) / "failed"
+    return float((acted if acted.exists() else failed).read_text().split()[0])
+
+
+def acted(folder: str) -> None:
+    """Note that what an event of kind "outside" waits for has been done."""
+    partial = Path(folder) / "acted.partial"
+    partial.write_text(str(time.time()))
+    partial.rename(Path(folder) / "acted")
