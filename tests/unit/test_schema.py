@@ -790,6 +790,11 @@ def filled(array: pa.Array, given_column: Column, widths: Mapping[str, int] | No
             column("text", "int64", flat=True, vocabulary=WORDS, nulls=9),
             [1, 9, 9],
         ),
+        (
+            pa.DictionaryArray.from_arrays(pa.array([1, None, 1]), pa.array(["a word that no row holds", "south"])),
+            column("text", "int64", flat=True, vocabulary=WORDS, nulls=0),
+            [1, 0, 1],
+        ),
         (pa.array([None, [1, None], [None, BEYOND_DOUBLES]]), column("array", "int64", nulls=-1),
          [[-1, -1], [1, -1], [-1, BEYOND_DOUBLES]]),
         (pa.array([None, [1], [None, 2, 3]]), column("array", nulls=9, padding=Padding(2, 0.5, truncate=True)),
