@@ -164,6 +164,11 @@ class Trainer:
             data.plan, self._config, self._strategy, self._clock, self._saver, self._sums,
         )  # fmt: skip
         rank = dist.get_rank()
+        # Not torch.manual_seed: it formats the call stack for every kind of device that this process does not use, in
+        # 0.25 ms per step.
+        generators = [torch.default_generator]
+        if self._device.type == "cuda":
+            generators.append(torch.cuda.default_generators[sums.loss.device.index])
         strategy.module.train()
         began, busy = time.perf_counter(), strategy.busy_seconds
         shown, due = began, False
@@ -175,7 +180,9 @@ class Trainer:
                 sums.waited += time.perf_counter() - asked
 
                 clock.at("compute", self._done)
-                torch.manual_seed(_step_seed(config.seed, epoch, step, rank))
+                seed = _step_seed(config.seed, epoch, step, rank)
+                for generator in generators:
+                    generator.manual_seed(seed)
                 own, everyone = self._denominators(batch, plan.batch_rows(step))
                 if saver is not None:
                     saver.ask(self._done + 1)
