@@ -38,6 +38,7 @@ _VENTILATION_SECONDS = 0.001
 _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 5.0
 _OPEN_FILES = 16  # per thread
+_BUFFER_BYTES = 64 << 10  # of a column, while it is decoded
 
 
 def select_piece(table: pa.Table, piece: Piece) -> pa.Table:
@@ -277,12 +278,15 @@ class _OpenFiles:
             file_system, inner = self._systems.open(path)
             # Only a spool file, which nobody else can reach, is mapped: reading behind the end of a file that was cut
             # short while it is mapped ends the process with SIGBUS.
-            local = file_system.type_name == "local"
+            local, mapped = file_system.type_name == "local", inner.startswith("/dev/fd/")
             source = inner if local else file_system.open_input_file(inner)
             found = pq.ParquetFile(
                 source,
-                memory_map=inner.startswith("/dev/fd/"),
+                memory_map=mapped,
                 pre_buffer=not local,
+                # Bytes that stay in the processor's cache until they are decoded; else a whole row group lies in memory
+                # twice, packed and unpacked.
+                buffer_size=_BUFFER_BYTES if local and not mapped else 0,
                 read_dictionary=self._dictionaries,
                 coerce_int96_timestamp_unit="us",  # in nanoseconds, years before 1677 overflow
                 decryption_properties=decryption_of(path),
