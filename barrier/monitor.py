@@ -169,7 +169,9 @@ class Monitor:
         seconds = max((self._ranks[rank].waited for rank in waiting or culprits), default=0.0)
         waited = f"{_ranks(waiting)} waited for {'it' if len(culprits) == 1 else 'them'}" if waiting else ""
         if culprits:
-            arrived = "; ".join(self._absence(rank) for rank in culprits)
+            # Those who wait know the step better than the last heartbeat of one who says nothing.
+            step = min(failure.step or 0 for failure in hung.values())
+            arrived = "; ".join(self._absence(rank, step) for rank in culprits)
             message = arrived + (f"; {waited}" if waited else "") + (f" for {seconds:.0f} s" if seconds else "") + "."
         else:
             steps = ", ".join(
@@ -184,16 +186,13 @@ class Monitor:
         silent = known.heard is None or time.monotonic() - known.heard > _SILENT_SECONDS
         return rank not in self.failures and (silent or known.phase != "reduce")
 
-    def _absence(self, rank: int) -> str:
+    def _absence(self, rank: int, step: int) -> str:
         known = self._ranks[rank]
-        heard = "never heard of" if known.heard is None else f"last heard of {time.monotonic() - known.heard:.0f} s ago"
+        told = "never heard of" if known.heard is None else f"last heard of {time.monotonic() - known.heard:.0f} s ago"
         if rank in self.failures:
-            heard = self.failures[rank].message.partition(" in ")[0].partition(" after ")[0]
-        place = where(known.phase, known.step)
-        step, _, phase = place.rpartition(", ") if ", " in place else (place, "", "")
-        return f"Rank {rank}{f' on {known.host}' if known.host else ''} did not arrive {step} ({heard}" + (
-            f", in {phase})" if phase else ")"
-        )
+            told = f"no progress for {known.waited:.0f} s"
+        host = f" on {known.host}" if known.host else ""
+        return f"Rank {rank}{host} did not arrive in step {step + 1} ({told}, in phase {known.phase})"
 
     def _silence(self, text: str) -> TrainingFailedError:
         known = self.failures

@@ -103,7 +103,7 @@ def test_the_rank_that_did_not_arrive_is_named_with_its_stack() -> None:
 def test_a_rank_that_says_nothing_is_found_through_those_who_wait() -> None:
     monitor = Monitor(3)
     for rank in range(3):
-        alive(monitor, rank, "data" if rank == 1 else "reduce")
+        alive(monitor, rank, "data" if rank == 1 else "reduce", step=12 + rank)
     hang(monitor, 0, "reduce")
     told(monitor, failure(2, message=PEER, consequence=True))
     found = error(monitor)
@@ -116,7 +116,7 @@ def test_a_rank_that_says_nothing_is_found_through_those_who_wait() -> None:
 def test_a_rank_that_was_never_heard_of_did_not_arrive() -> None:
     monitor = Monitor(2)
     hang(monitor, 0, "reduce")
-    assert str(error(monitor)).startswith("Rank 1 did not arrive in phase setup (never heard of); rank 0 waited for it")
+    assert str(error(monitor)).startswith("Rank 1 did not arrive in step 17 (never heard of, in phase setup)")
 
 
 def test_ranks_that_wait_for_each_other_are_all_named() -> None:
