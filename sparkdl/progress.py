@@ -57,7 +57,11 @@ class Progress:
             )
             logger.info("kept for later epochs: %s", event["cache"])
             if self._shown:
-                self._bar = tqdm(total=event["epochs"] * event["steps"], unit="step", dynamic_ncols=True)
+                if self._bar is None:
+                    self._bar = tqdm(unit="step", dynamic_ncols=True)
+                # A restart goes on where its checkpoint was written.
+                self._bar.reset(total=event["epochs"] * event["steps"])
+                self._bar.update(event.get("resumed", 0))
         elif kind == "step":
             self._advance((event["epoch"] - 1) * self._steps + event["step"], event["epoch"], event["loss"])
         elif kind == "epoch":

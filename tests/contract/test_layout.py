@@ -51,6 +51,8 @@ SPARK_FREE = (
     "barrier.directories",
     "barrier.findings",
     "barrier.process_group",
+    "barrier.channel",
+    "barrier.watchdog",
     "barrier.rules",
     "io.exchange",
     "io.plan",
