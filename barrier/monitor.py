@@ -164,8 +164,7 @@ class Monitor:
         hung = {rank: failure for rank, failure in self.failures.items() if failure.kind == HANG}
         culprits = [rank for rank, failure in hung.items() if not failure.consequence]
         culprits = sorted(culprits or (rank for rank in range(len(self._ranks)) if self._is_missing(rank)))
-        waiting = sorted(rank for rank, failure in hung.items() if failure.consequence)
-        waiting += sorted(rank for rank in range(len(self._ranks)) if rank not in (*waiting, *culprits))
+        waiting = [rank for rank in range(len(self._ranks)) if rank not in culprits]
         seconds = max((self._ranks[rank].waited for rank in waiting or culprits), default=0.0)
         waited = f"{_ranks(waiting)} waited for {'it' if len(culprits) == 1 else 'them'}" if waiting else ""
         if culprits:

@@ -89,8 +89,9 @@ def test_the_rank_that_did_not_arrive_is_named_with_its_stack() -> None:
     for rank in range(4):
         alive(monitor, rank, "compute" if rank == 2 else "reduce")
     hang(monitor, 2)
-    for rank in (0, 1, 3):
+    for rank in (3, 0):
         hang(monitor, rank, "reduce", waited=29.6)
+    told(monitor, failure(1, message=PEER, consequence=True))
     found = error(monitor)
     assert str(found).startswith(
         "Rank 2 on host2 did not arrive in step 17 (no progress for 30 s, in phase compute); "
