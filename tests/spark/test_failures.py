@@ -1,9 +1,11 @@
 """A rank that fails: what the user sees, how soon, and what is left of it."""
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -15,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ from pyspark.sql import functions as F
 from torch import Tensor, nn
 
 from sparkdl import TorchEstimator, TorchModel, TrainingFailedError
+from sparkdl.barrier.context import RankContext
+from sparkdl.barrier.launch import launch_stage, new_run_id
+from sparkdl.config import Timeouts
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(180)]
 
@@ -334,6 +340,194 @@ def test_ctrl_c_stops_the_ranks_at_once(warm: DataFrame, spark: SparkSession, tm
     assert not poll(lambda: list(spark.sparkContext.statusTracker().getActiveJobsIds()))
     assert poll(lambda: leftovers(spark)) == []
     assert fit(warm, nn.Linear(2, 1), epochs=1).history[0]["rows"] == ROWS
+
+
+# ---- ranks that hang -------------------------------------------------------------------------------------------------
+AT = 100  # some heartbeats later
+STUCK = 3.0  # seconds without progress that make a hang
+
+
+@dataclass
+class Steps:
+    """A rank's work: steps that end in an all-reduce, in one of which something happens to rank 2."""
+
+    act: Callable[[], None]
+    folder: str
+    steps: int = 200
+
+    def __call__(self, rank: RankContext, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
+        for _ in batches:
+            pass
+        rank.agree(lambda: ("", {}, None))
+        (Path(self.folder) / f"pid-{rank.world.rank}").write_text(str(os.getpid()))
+        minutes = timedelta(minutes=2)
+        with rank.process_group(torch.device("cpu"), rendezvous_timeout=minutes, collective_timeout=minutes):
+            for step in range(self.steps):
+                rank.clock.at("compute", step)
+                time.sleep(0.02)
+                if rank.world.rank == 2 and step == AT:
+                    (Path(self.folder) / "marker").write_text(str(time.time()))
+                    self.act()
+                rank.clock.at("reduce", step)
+                dist.all_reduce(torch.ones(1))
+        yield b"done"
+
+    @property
+    def happened(self) -> float:
+        """When it happened."""
+        return float((Path(self.folder) / "marker").read_text())
+
+    def processes(self) -> list[int]:
+        """The ranks' processes that are still there."""
+        pids = [int(path.read_text()) for path in Path(self.folder).glob("pid-*")]
+        return [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def get_stuck() -> None:
+    time.sleep(3600)
+
+
+def stop_the_process() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def leave_without_a_word() -> None:
+    os._exit(3)
+
+
+def run_steps(spark: SparkSession, steps: Steps, **settings: Any) -> list[list[bytes]]:
+    source = spark.range(4).repartitionById(4, F.col("id").cast("int"))
+    return launch_stage(
+        source, steps, world_size=4, run_id=new_run_id(), timeouts=Timeouts(step=timedelta(seconds=STUCK)), **settings
+    )
+
+
+@pytest.mark.parametrize("act", [get_stuck, stop_the_process])
+def test_a_rank_that_hangs_is_named_and_ends(
+    warm: DataFrame, spark: SparkSession, tmp_path: Path, act: Callable[[], None]
+) -> None:
+    steps = Steps(act, str(tmp_path))
+    with pytest.raises(TrainingFailedError) as caught:
+        run_steps(spark, steps)
+    seconds = time.time() - steps.happened
+    first = str(caught.value).splitlines()[0]
+    assert re.match(
+        rf"Rank 2 on \S+ did not arrive in step {AT + 1} \(.*in phase compute\); ranks 0, 1, 3 waited for it", first
+    )
+    assert caught.value.lost
+    assert seconds < STUCK + SOON
+    shown = "get_stuck" if act is get_stuck else "all_reduce"
+    assert shown in str(caught.value), "no stack is shown"
+    assert (2 in caught.value.failures) == (act is get_stuck)
+    assert poll(steps.processes, 15) == []
+    assert poll(lambda: leftovers(spark)) == []
+
+
+def test_a_rank_that_leaves_is_named_and_lost(warm: DataFrame, spark: SparkSession, tmp_path: Path) -> None:
+    steps = Steps(leave_without_a_word, str(tmp_path))
+    with pytest.raises(TrainingFailedError, match="A rank's process died without a word") as caught:
+        run_steps(spark, steps)
+    assert time.time() - steps.happened < SOON
+    assert re.search(r"rank 2 on \S+, last seen in", str(caught.value).splitlines()[0])
+    assert caught.value.lost
+
+
+# ---- jobs that are cancelled -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["group", "all"])
+def test_a_job_that_the_user_cancels_is_no_loss(warm: DataFrame, spark: SparkSession, tmp_path: Path, how: str) -> None:
+    context, steps = spark.sparkContext, Steps(nothing, str(tmp_path), steps=100_000)
+    before = driver_state()
+
+    def cancel() -> None:
+        poll(lambda: not (tmp_path / "marker").exists(), 60)
+        if how == "group":
+            context.cancelJobGroup("mine")
+        else:
+            context.cancelAllJobs()
+
+    thread = threading.Thread(target=cancel, daemon=True)
+    thread.start()
+    context.setJobGroup("mine", "a fit", interruptOnCancel=True)
+    try:
+        with pytest.raises(TrainingFailedError, match="The job was cancelled") as caught:
+            run_steps(spark, steps)
+    finally:
+        context.setLocalProperty("spark.jobGroup.id", None)
+        thread.join()
+    assert not caught.value.lost
+    assert time.time() - steps.happened < SOON
+    assert poll(steps.processes, 15) == []
+    assert poll(lambda: leftovers(spark)) == []
+    assert driver_state() == before
+
+
+# ---- what ranks say --------------------------------------------------------------------------------------------------
+class Talkative:
+    """A rank's work: it logs."""
+
+    def __call__(self, rank: RankContext, batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
+        for _ in batches:
+            pass
+        logger = logging.getLogger("sparkdl.io.cache")
+        logger.info("news of %d", rank.world.rank)
+        logger.warning("worries of %d", rank.world.rank)
+        yield str(rank.attempt).encode()
+
+
+def test_what_ranks_log_reaches_the_driver(spark: SparkSession, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sparkdl.rank")
+    source = spark.range(2).repartitionById(2, F.col("id").cast("int"))
+    told = launch_stage(source, Talkative(), world_size=2, run_id=new_run_id(), attempt=3)
+    assert told == [[b"3"], [b"3"]]
+    lines = [record.getMessage() for record in caplog.records if record.name == "sparkdl.rank"]
+    found = sorted(re.sub(r" on \S+:", ":", line) for line in lines)
+    assert found == ["rank 0: news of 0", "rank 0: worries of 0", "rank 1: worries of 1"]
+
+
+# ---- ten in a row ----------------------------------------------------------------------------------------------------
+def counts(spark: SparkSession) -> dict[str, float]:
+    """What ten fits must not add up, here and in the Python workers."""
+    gc.collect()
+    own = psutil.Process()
+    found = {
+        "threads": threading.active_count(),
+        "descriptors": own.num_fds(),
+        "children": len(own.children()),
+        "temporary files": len([*Path(tempfile.gettempdir()).glob("sparkdl*"), *stray_files(spark)]),
+        "environment": len(os.environ),
+        "workers": 0,
+        "descriptors of a worker": 0,
+        "threads of a worker": 0,
+        "children of a worker": 0,
+    }
+    for process in processes(spark):
+        with contextlib.suppress(psutil.Error):  # it may be gone by now
+            if "pyspark.daemon" not in psutil.Process(process.ppid()).cmdline():
+                continue
+            found["workers"] += 1
+            for name, count in (
+                ("descriptors", process.num_fds()),
+                ("threads", process.num_threads()),
+                ("children", len(process.children())),
+            ):
+                found[f"{name} of a worker"] = max(found[f"{name} of a worker"], count)
+    return found
+
+
+@pytest.mark.slow
+def test_ten_fits_in_a_row_leave_no_more_than_three(warm: DataFrame, spark: SparkSession) -> None:
+    after_three: dict[str, float] = {}
+
+    def grown() -> dict[str, tuple[float, float]]:
+        now = counts(spark)
+        return {name: (was, now[name]) for name, was in after_three.items() if now[name] > was}
+
+    for number in range(1, 11):
+        assert fit(warm, nn.Linear(2, 1), epochs=2, workers=4).history[-1]["rows"] == ROWS
+        if number == 3:
+            assert poll(lambda: leftovers(spark)) == []
+            after_three = counts(spark)
+    assert poll(grown, 15) == {}
 
 
 # ---- what stays in workers that live on ------------------------------------------------------------------------------
