@@ -45,6 +45,7 @@ class FailAt:
             "outside" waits until somebody else has done something (`acted`).
         folder: Where notes are kept.
         every: Let every process of the rank fail, not only the first.
+        pace: Seconds that every forward of every rank takes at least.
     """
 
     rank: int
@@ -52,6 +53,7 @@ class FailAt:
     kind: Kind
     folder: str
     every: bool = False
+    pace: float = 0.0
     seen: int = field(default=0, init=False)
 
     def __call__(self, output: Tensor) -> Tensor:
@@ -62,6 +64,7 @@ class FailAt:
         own = dist.get_rank()
         with open(Path(self.folder) / f"steps-{own}", "a") as notes:
             notes.write(f"{time.time()} {os.getpid()} {self.seen}\n")
+        time.sleep(self.pace)
         if own != self.rank or self.seen < self.step:
             return output
         if self.kind == "slow":

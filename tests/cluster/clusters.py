@@ -33,6 +33,15 @@ FIT_SECONDS = 300.0
 _POLL_SECONDS = 0.02
 _DEATH = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()  # nothing outlives the test process
 
+LOCAL, LOCAL_CLUSTER, STANDALONE, SPARE, NETWORK = "local", "local-cluster", "standalone", "spare", "network"
+TITLES = {
+    LOCAL: "local[4]",
+    LOCAL_CLUSTER: "local-cluster[2,1,1024]",
+    STANDALONE: "standalone, 2 workers",
+    SPARE: "standalone, 2 workers",
+    NETWORK: "standalone, 2 network namespaces",
+}
+
 T = TypeVar("T")
 
 
@@ -337,3 +346,56 @@ def open_driver(
     with process(words, env=environment(home, host.address), cwd=ROOT, log=log) as running:
         await_line(log, "READY", running)
         yield Driver(running, log, folder)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that is up, and a driver on it.
+
+    Attributes:
+        name: What it is, in the table.
+        driver: Fits as it is told.
+        hosts: Those of its workers that can be cut off.
+    """
+
+    name: str
+    driver: Driver
+    hosts: tuple[Host, ...] = ()
+
+
+@contextlib.contextmanager
+def open_cluster(name: str, folder: Path) -> Iterator[Cluster]:
+    home = spark_home(folder)
+    with contextlib.ExitStack() as stack:
+        if name in (LOCAL, LOCAL_CLUSTER):
+            yield Cluster(TITLES[name], stack.enter_context(open_driver(folder, home, TITLES[name])))
+        elif name in (STANDALONE, SPARE):
+            url = stack.enter_context(standalone(folder, home, cores=2))
+            yield Cluster(TITLES[name], stack.enter_context(open_driver(folder, home, url)))
+        else:
+            here, *others = stack.enter_context(two_hosts())
+            url = stack.enter_context(standalone(folder, home, cores=1, driver=here, hosts=others))
+            conf = {"spark.network.timeout": "12s", "spark.executor.heartbeatInterval": "2s"}
+            driver = stack.enter_context(open_driver(folder, home, url, host=here, conf=conf))
+            yield Cluster(TITLES[name], driver, tuple(others))
+
+
+class Clusters:
+    """The one cluster that is up: asking for another one ends it."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+        self._stack = contextlib.ExitStack()
+        self._open: dict[str, Cluster] = {}
+
+    def get(self, name: str) -> Cluster:
+        """The cluster of this name."""
+        if name not in self._open:
+            self.close()
+            self._open[name] = self._stack.enter_context(open_cluster(name, self._make_folder(name)))
+        return self._open[name]
+
+    def close(self) -> None:
+        """End what is up."""
+        self._open.clear()
+        self._stack.close()

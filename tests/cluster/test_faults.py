@@ -13,7 +13,13 @@ import torch
 
 from sparkdl.checkpoint import CheckpointStore
 from tests.cluster.clusters import (
+    LOCAL,
+    LOCAL_CLUSTER,
+    NETWORK,
     ROOT,
+    SPARE,
+    STANDALONE,
+    Cluster,
     NotPermittedError,
     Outcome,
     await_value,
@@ -23,8 +29,8 @@ from tests.cluster.clusters import (
     set_link,
     small_disk,
 )
-from tests.cluster.conftest import LOCAL, LOCAL_CLUSTER, NETWORK, SPARE, STANDALONE, Cluster, Measured
 from tests.cluster.driver import BATCH, EPOCHS, INTERVAL, ROWS
+from tests.cluster.table import Measured
 from tests.faults import PLANTED, FailAt, Kind, Step, acted, failed_at, steps_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -32,6 +38,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.slow, pytest.
 Record = Callable[[Measured], None]
 
 STEPS = ROWS // BATCH  # of an epoch
+PACE = 0.05  # seconds: a step is not much shorter than the writing of a checkpoint
 STEP_TIMEOUT = 5.0
 SOON = 5.0
 HANGS = STEP_TIMEOUT + 2
@@ -97,13 +104,14 @@ def attempts(folder: str) -> list[list[Step]]:
 
 
 def longest_write(outcome: Outcome) -> int:
-    """Steps that rank 0 did while it wrote one checkpoint, at most."""
+    """Steps that rank 0 did while it wrote one checkpoint, at most; of those that the first attempt finished."""
     found = [0]
-    times = [step.time for step in steps_of(outcome.folder, 0)]
+    first, *later = attempts(outcome.folder)
+    end = later[0][0].time if later else float("inf")
     for manifest in Path(outcome.checkpoints or "/nowhere").glob("step-*/manifest.json"):
-        written, begun = manifest.stat().st_mtime, manifest.parent.stat().st_ctime
-        begun = min([entry.stat().st_mtime for entry in manifest.parent.iterdir()] + [begun])
-        found.append(sum(begun <= when <= written for when in times))
+        written, step = manifest.stat().st_mtime, int(manifest.parent.name.split("-")[1])
+        if written < end:
+            found.append(sum(one.number > step and one.time <= written for one in first))
     return max(found)
 
 
@@ -130,7 +138,7 @@ def measure(fault: Fault, cluster: str, outcome: Outcome, calm: Outcome | None, 
     )
     if outcome.error:
         return found
-    warm_ups = sum(len({step.pid for step in steps_of(outcome.folder, 3)}) > 0 for _ in tries)  # only with 4 ranks
+    warm_ups = sum(step.number == 1 for step in steps_of(outcome.folder, 2))  # with 3 and more ranks, one per attempt
     return replace(
         found,
         resume=tries[1][0].time - failed_at(outcome.folder) if outcome.restarts else None,
@@ -154,7 +162,8 @@ def check(fault: Fault, found: Measured, outcome: Outcome, *, weights: str = "bi
     assert found.rows_lost == 0
     assert found.weights == weights
     assert found.repeated is not None
-    assert found.repeated <= INTERVAL + max(longest_write(outcome), 2), "more than the interval and one write"
+    writing = longest_write(outcome)
+    assert found.repeated <= INTERVAL + max(writing, 2), f"more than the interval and one write, of {writing} steps"
 
 
 # ---- places for checkpoints ------------------------------------------------------------------------------------------
@@ -255,7 +264,7 @@ def test_a_process_dies_at_every_operation_of_a_checkpoint(measured: Record) -> 
 )
 def test_a_rank_fails(cluster: Cluster, fault: Fault, folder: str, measured: Record) -> None:
     calm = None if fault.ends == "error" else cluster.driver.calm(2)
-    outcome = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder), 2, timeouts=TIMEOUTS)()
+    outcome = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder, pace=PACE), 2, timeouts=TIMEOUTS)()
     found = measure(fault, cluster.name, outcome, calm)
     measured(found)
     check(fault, found, outcome)
@@ -266,7 +275,9 @@ def test_a_rank_fails(cluster: Cluster, fault: Fault, folder: str, measured: Rec
 def test_a_lost_host_leaves_fewer_ranks(cluster: Cluster, folder: str, measured: Record) -> None:
     fault = Fault("host", 9, "restart", HANGS, DIED)
     calm = cluster.driver.calm(4)
-    outcome = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder), 4, minWorkers=1, timeouts=TIMEOUTS)()
+    outcome = cluster.driver.start(
+        FailAt(1, fault.step, fault.kind, folder, pace=PACE), 4, minWorkers=1, timeouts=TIMEOUTS
+    )()
     found = measure(fault, cluster.name, outcome, None, "host of 2 ranks")
     close = outcome.weights.keys() == calm.weights.keys() and all(
         torch.allclose(outcome.weights[name], calm.weights[name], rtol=1e-3, atol=1e-5) for name in calm.weights
@@ -292,7 +303,7 @@ def _await_detection(folder: str) -> None:
 def test_the_link_between_two_ranks_is_cut(cluster: Cluster, folder: str, measured: Record) -> None:
     fault = Fault("outside", 9, "restart", HANGS, r"[Rr]ank|progress")
     calm = cluster.driver.calm(2)
-    end = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder), 2, timeouts=TIMEOUTS)
+    end = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder, pace=PACE), 2, timeouts=TIMEOUTS)
     try:
         _await_event(folder)
         set_isolated(cluster.hosts, isolated=True)
@@ -310,7 +321,7 @@ def test_the_link_between_two_ranks_is_cut(cluster: Cluster, folder: str, measur
 def test_a_host_falls_off_the_network(cluster: Cluster, folder: str, measured: Record) -> None:
     fault = Fault("outside", 9, "restart", HANGS, r"[Rr]ank|progress|[Ee]xecutor")
     calm = cluster.driver.calm(2)
-    end = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder), 2, minWorkers=1, timeouts=TIMEOUTS)
+    end = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder, pace=PACE), 2, minWorkers=1, timeouts=TIMEOUTS)
     try:
         _await_event(folder)
         set_link(cluster.hosts[1], up=False)
