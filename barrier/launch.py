@@ -23,9 +23,11 @@ from sparkdl.barrier.channel import ChannelAddress, Event, local_address, open_c
 from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
 from sparkdl.barrier.event_files import poll_event_files
+from sparkdl.barrier.findings import Request
 from sparkdl.barrier.monitor import FAILURE_NOTE, Monitor
-from sparkdl.barrier.preflight import check_executor_python, check_slots, is_local
+from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.rendezvous import error_of
+from sparkdl.barrier.resources import is_local, profile_for
 from sparkdl.config import Timeouts
 from sparkdl.errors import ConfigError, Failure
 
@@ -45,7 +47,11 @@ _FAILURE_PART = -1  # in place of a result: what all ranks refused with
 
 
 def launch(
-    fn: Callable[..., Any], *args: Any, num_train_workers: int, spark: "SparkSession | None" = None
+    fn: Callable[..., Any],
+    *args: Any,
+    num_train_workers: int,
+    spark: "SparkSession | None" = None,
+    allow_unencrypted_traffic: bool = False,
 ) -> list[Any]:
     """Run ``fn(*args)`` in every rank of a barrier stage, with `torch.distributed` ready.
 
@@ -56,13 +62,14 @@ def launch(
         *args: Its picklable arguments.
         num_train_workers: Ranks to start, each in a slot of its own.
         spark: The session; the active one if None.
+        allow_unencrypted_traffic: Let ranks talk in the clear although Spark is told to encrypt, see `TrainConfig`.
 
     Returns:
         What each rank returned, in rank order.
 
     Raises:
-        SlotsError: More ranks than slots.
-        ExecutorPythonError: The executors' Python is not fit.
+        LaunchError: The cluster cannot run it: too few slots (`SlotsError`), a Python that is not fit
+            (`ExecutorPythonError`), or several such things at once.
         TrainingFailedError: ``fn`` raised in a rank; the message is the first cause.
     """
     from pyspark.sql import SparkSession
@@ -71,11 +78,12 @@ def launch(
     if num_train_workers < 1:
         raise ConfigError(f"num_train_workers={num_train_workers} starts no rank. Use 1 or more.")
     session = spark or SparkSession.active()
-    check_slots(session, num_train_workers)
-    check_executor_python(session)
+    request = Request(num_train_workers=num_train_workers, allow_unencrypted_traffic=allow_unencrypted_traffic)
+    profile = profile_for(session, request.device)
+    preflight(session, request, profile=profile).raise_errors()
     source = session.range(num_train_workers).repartitionById(num_train_workers, F.col("id").cast("int"))
     body = functools.partial(_run_function, dumps((fn, args), "the function and its arguments"))
-    results = launch_stage(source, body, world_size=num_train_workers, run_id=new_run_id())
+    results = launch_stage(source, body, world_size=num_train_workers, run_id=new_run_id(), profile=profile)
     return [pickle.loads(b"".join(parts)) for parts in results]
 
 

@@ -45,10 +45,6 @@ __all__ = [
     "Finding",
     "Report",
     "Request",
-    "check_executor_python",
-    "check_slots",
-    "find_slots",
-    "is_local",
     "preflight",
 ]
 
@@ -115,36 +111,6 @@ def preflight(
             told.add(finding.message)
             logger.warning("%s: %s", finding.check, finding.message)
     return report
-
-
-def check_slots(spark: "SparkSession", num_train_workers: int) -> int | None:
-    """Refuse a barrier stage that Spark could not start.
-
-    Returns:
-        The slots found, for the log.
-
-    Raises:
-        SlotsError: More ranks than slots; Spark itself would say so after ten silent minutes.
-        LaunchError: Dynamic allocation is on, which Spark refuses for barrier stages.
-    """
-    request, local = Request(num_train_workers=num_train_workers), is_local(spark)
-    Report(tuple(judge_dynamic_allocation(request, find_settings(spark), local=local))).raise_errors()
-    slots = find_slots(spark)
-    Report(tuple(judge_slots(request, slots=slots, running=None, local=local))).raise_errors()
-    return slots
-
-
-def check_executor_python(spark: "SparkSession") -> None:
-    """Ask one executor which Python and packages it has, once for each session.
-
-    Raises:
-        ExecutorPythonError: A package is missing there, or the Python differs from the driver's.
-    """
-    if spark in _known:
-        return
-    executors, failed = _ask(spark, Request(num_train_workers=1, device="cpu"), tasks=1)
-    Report((*failed, *judge_python(executors, ask_here()))).raise_errors()
-    _known[spark] = executors
 
 
 def _qualified(spark: "SparkSession", request: Request) -> tuple[Request, list[Finding]]:
