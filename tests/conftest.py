@@ -17,13 +17,14 @@ os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
-    """One classic session with four slots. Its Python workers live on, so that ranks import torch only once."""
+    """One classic session with four slots. Its Python workers have torch when they start, and live on."""
     session = (
         SparkSession.builder.master("local[4]")
         .appName("sparkdl-tests")
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.driver.host", "127.0.0.1")
+        .config("spark.python.daemon.module", "sparkdl.daemon")
         .config("spark.sql.shuffle.partitions", "4")
         .config("spark.sql.warehouse.dir", str(tmp_path_factory.mktemp("warehouse")))
         .getOrCreate()

@@ -207,9 +207,9 @@ def leftovers(spark: SparkSession) -> list[str]:
     links: list[tuple[int, Any]] = []
     for process in processes(spark):
         with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
-            if "pyspark.daemon" not in process.cmdline():
+            if "sparkdl.daemon" not in process.cmdline():
                 found.append(f"process {process.pid}: {process.cmdline()}")
-            worker = "pyspark.daemon" in psutil.Process(process.ppid()).cmdline()
+            worker = "sparkdl.daemon" in psutil.Process(process.ppid()).cmdline()
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN and worker:
                     found.append(f"{process.pid} listens on {connection.laddr}")
@@ -502,7 +502,7 @@ def counts(spark: SparkSession) -> dict[str, float]:
     }
     for process in processes(spark):
         with contextlib.suppress(psutil.Error):  # it may be gone by now
-            if "pyspark.daemon" not in psutil.Process(process.ppid()).cmdline():
+            if "sparkdl.daemon" not in psutil.Process(process.ppid()).cmdline():
                 continue
             found["workers"] += 1
             for name, count in (
