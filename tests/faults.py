@@ -121,10 +121,10 @@ def java_pids() -> list[int]:
 class Fragile(nn.Module):
     """An MLP to which something happens. Wide enough for several of DDP's buckets."""
 
-    def __init__(self, event: FailAt, width: int = 640, layers: int = 3) -> None:
+    def __init__(self, event: FailAt, width: int = 640, layers: int = 3, dropout: float = 0.2) -> None:
         super().__init__()
         inner = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.Tanh())]
-        self.layers = nn.Sequential(nn.Linear(2, width), nn.Tanh(), *inner, nn.Dropout(0.2), nn.Linear(width, 1))
+        self.layers = nn.Sequential(nn.Linear(2, width), nn.Tanh(), *inner, nn.Dropout(dropout), nn.Linear(width, 1))
         self.event = event
 
     def forward(self, features: Tensor) -> Tensor:

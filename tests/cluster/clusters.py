@@ -92,6 +92,7 @@ def environment(home: Path, address: str = LOOPBACK) -> dict[str, str]:
     """Of every process of a cluster, without what another Spark on this machine may have set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPARK_", "PYTHONPATH"))}
     own = {"SPARK_HOME": str(home), "SPARK_LOCAL_IP": address, "SPARK_DAEMON_MEMORY": "256m"}
+    own["SPARK_MASTER_OPTS"] = "-Dspark.master.rest.enabled=false"  # it has a port of its own, not one that is free
     return {**kept, **own, "PYSPARK_PYTHON": sys.executable, "PYSPARK_DRIVER_PYTHON": sys.executable}
 
 
@@ -292,10 +293,10 @@ class Driver:
         self._running = running
         self._log = log
         self._folder = folder
-        self._calm: dict[int, Outcome] = {}
+        self._calm: dict[tuple[int, float], Outcome] = {}
 
-    def start(self, event: FailAt, workers: int, **params: Any) -> Callable[[], Outcome]:
-        """Begin a fit.
+    def start(self, event: FailAt, workers: int, *, dropout: float = 0.2, **params: Any) -> Callable[[], Outcome]:
+        """Begin a fit. Without dropout, its weights do not depend on the number of ranks.
 
         Returns:
             What waits for its end.
@@ -304,7 +305,9 @@ class Driver:
             "event": {field.name: getattr(event, field.name) for field in dataclasses.fields(event) if field.init}
         }
         assert self._running.stdin is not None
-        self._running.stdin.write(json.dumps({**request, "workers": workers, "params": params}) + "\n")
+        self._running.stdin.write(
+            json.dumps({**request, "workers": workers, "dropout": dropout, "params": params}) + "\n"
+        )
         self._running.stdin.flush()
         answer = Path(event.folder) / "outcome.json"
 
@@ -315,13 +318,14 @@ class Driver:
 
         return lambda: await_value(look, FIT_SECONDS, f"the end of a fit with {event}")
 
-    def calm(self, ranks: int) -> Outcome:
+    def calm(self, ranks: int, *, dropout: float = 0.2) -> Outcome:
         """A fit to which nothing happens."""
-        if ranks not in self._calm:
-            folder = self._folder / f"calm-{ranks}"
+        key = (ranks, dropout)
+        if key not in self._calm:
+            folder = self._folder / f"calm-{ranks}-{dropout}"
             folder.mkdir()
-            self._calm[ranks] = self.start(FailAt(0, 1, "none", str(folder)), ranks)()
-        return self._calm[ranks]
+            self._calm[key] = self.start(FailAt(0, 1, "none", str(folder)), ranks, dropout=dropout)()
+        return self._calm[key]
 
 
 @contextlib.contextmanager
@@ -375,7 +379,11 @@ def open_cluster(name: str, folder: Path) -> Iterator[Cluster]:
         else:
             here, *others = stack.enter_context(two_hosts())
             url = stack.enter_context(standalone(folder, home, cores=1, driver=here, hosts=others))
-            conf = {"spark.network.timeout": "12s", "spark.executor.heartbeatInterval": "2s"}
+            conf = {
+                "spark.network.timeout": "12s",
+                "spark.network.timeoutInterval": "2s",
+                "spark.executor.heartbeatInterval": "2s",
+            }
             driver = stack.enter_context(open_driver(folder, home, url, host=here, conf=conf))
             yield Cluster(TITLES[name], driver, tuple(others))
 

@@ -35,11 +35,11 @@ class _JsonLines(logging.Handler):
             lines.write(json.dumps(entry) + "\n")
 
 
-def fit(spark: SparkSession, event: FailAt, workers: int, params: dict[str, Any]) -> dict[str, Any]:
+def fit(spark: SparkSession, event: FailAt, workers: int, dropout: float, params: dict[str, Any]) -> dict[str, Any]:
     """Train a module to which something happens, and tell how it went."""
     features = F.array(F.sin("id").cast("float"), F.cos("id").cast("float"))
     df = spark.range(0, ROWS, 1, 4).select(features.alias("features"), F.sin("id").cast("float").alias("label"))
-    module = Fragile(event)
+    module = Fragile(event, dropout=dropout)
     with torch.no_grad():  # the same every time
         torch.manual_seed(3)
         for value in module.parameters():
@@ -84,7 +84,7 @@ def main() -> None:
         folder = Path(event.folder)
         handler = _JsonLines(folder / "log.jsonl")
         logger.addHandler(handler)
-        outcome = fit(spark, event, request["workers"], request["params"])
+        outcome = fit(spark, event, request["workers"], request["dropout"], request["params"])
         logger.removeHandler(handler)
         partial = folder / "outcome.partial"
         partial.write_text(json.dumps({**outcome, "folder": event.folder}))

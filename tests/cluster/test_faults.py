@@ -274,9 +274,9 @@ def test_a_rank_fails(cluster: Cluster, fault: Fault, folder: str, measured: Rec
 @pytest.mark.parametrize("cluster", [SPARE], indirect=True)
 def test_a_lost_host_leaves_fewer_ranks(cluster: Cluster, folder: str, measured: Record) -> None:
     fault = Fault("host", 9, "restart", HANGS, DIED)
-    calm = cluster.driver.calm(4)
+    calm = cluster.driver.calm(4, dropout=0.0)
     outcome = cluster.driver.start(
-        FailAt(1, fault.step, fault.kind, folder, pace=PACE), 4, minWorkers=1, timeouts=TIMEOUTS
+        FailAt(1, fault.step, fault.kind, folder, pace=PACE), 4, minWorkers=1, dropout=0.0, timeouts=TIMEOUTS
     )()
     found = measure(fault, cluster.name, outcome, None, "host of 2 ranks")
     close = outcome.weights.keys() == calm.weights.keys() and all(
@@ -320,8 +320,10 @@ def test_the_link_between_two_ranks_is_cut(cluster: Cluster, folder: str, measur
 @pytest.mark.parametrize("cluster", [NETWORK], indirect=True)
 def test_a_host_falls_off_the_network(cluster: Cluster, folder: str, measured: Record) -> None:
     fault = Fault("outside", 9, "restart", HANGS, r"[Rr]ank|progress|[Ee]xecutor")
-    calm = cluster.driver.calm(2)
-    end = cluster.driver.start(FailAt(1, fault.step, fault.kind, folder, pace=PACE), 2, minWorkers=1, timeouts=TIMEOUTS)
+    calm = cluster.driver.calm(2, dropout=0.0)
+    end = cluster.driver.start(
+        FailAt(1, fault.step, fault.kind, folder, pace=PACE), 2, minWorkers=1, dropout=0.0, timeouts=TIMEOUTS
+    )
     try:
         _await_event(folder)
         set_link(cluster.hosts[1], up=False)
