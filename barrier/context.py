@@ -89,7 +89,7 @@ class RankContext:
             world=world,
             run_id=run_id,
             channel=RankChannel(
-                channel, rank=world.rank, host=addresses[world.rank], attempt=attempt, directory=directory
+                channel, rank=world.rank, host=world.hosts[world.rank], attempt=attempt, directory=directory
             ),
             task_cpus=task.cpus(),
             gpu_addresses=tuple(gpu.addresses) if gpu else (),
