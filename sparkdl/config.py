@@ -4,7 +4,7 @@ The text under a field of `TrainConfig` is also the doc of the Spark Param of th
 generated reference table, so that each setting is described once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ __all__ = [
     "Timeouts",
     "TrainConfig",
     "Validity",
+    "config_values",
 ]
 
 Shuffle = Literal["window", "full", "none"]
@@ -216,6 +217,12 @@ class TrainConfig:
     allow_unencrypted_traffic: bool = False
     """Let ranks exchange gradients in the clear although Spark is told to encrypt or to authenticate: neither gloo nor
     NCCL can. Only for networks that are protected otherwise (WireGuard, IPsec, a network policy)."""
+
+
+def config_values(config: TrainConfig) -> dict[str, Any]:
+    """A config as plain values, with timeouts in seconds."""
+    timeouts = {name: value.total_seconds() for name, value in asdict(config.timeouts).items()}
+    return {**asdict(config), "timeouts": timeouts}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparkdl.batch import Batch
 from sparkdl.checkpoint import Saver
-from sparkdl.config import TrainConfig
+from sparkdl.config import TrainConfig, config_values
 from sparkdl.io.exchange import all_gather_rows
 from sparkdl.io.plan import ShardPlan, plan_deal
 from sparkdl.objective import Objective
@@ -262,7 +262,8 @@ class Trainer:
                 "seconds": seconds / dist.get_world_size(),
             },
         }
-        self._saver.save(self._done, state, {"epoch": data.position[0], "world_size": dist.get_world_size()})
+        facts = {"world_size": dist.get_world_size(), "config": config_values(self._config)}
+        self._saver.save(self._done, state, facts)
 
     def load_state_dict(self, data: EpochData, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was written, on as many ranks as there are now.

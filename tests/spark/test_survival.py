@@ -140,6 +140,9 @@ def test_checkpoints_are_kept_and_rows_are_not(undisturbed: dict[int, TorchModel
     newest = store.newest()
     assert newest is not None
     assert newest.step == EPOCHS * STEPS
+    assert newest.facts["world_size"] == 2
+    assert newest.facts["config"]["batch_size"] == BATCH
+    assert newest.facts["config"]["timeouts"]["step"] == 600
     state = store.load(newest)
     assert state["reader"]["epoch"] * STEPS + state["reader"]["step"] == newest.step
     assert len(list(Path(model.summary.checkpoints).glob("step-*"))) == 3
