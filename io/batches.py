@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -31,6 +31,7 @@ __all__ = ["RankData", "Reading", "prefetched"]
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 _GROUP_STEPS, _GROUP_BYTES = 16, 2 << 20  # batches that are gathered at once, and their size
+_SMALL_BATCH_BYTES = 512 << 10  # gathered in 0.1 ms, about as long as it takes to wake a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +186,15 @@ class RankData:
                 self._position = (epoch, step + 1) if step < last else (epoch + 1, 0)
                 yield batch
 
-        with prefetched(self._epoch(epoch, first), depth=2) as groups:
+        coming = self._coming(epoch, first)
+        produced = self._epoch(epoch, first, coming)
+        at_hand = self.cache.is_host_memory and not self.pin and not any(window.items for window in coming)
+        small = self._batch_bytes() <= _SMALL_BATCH_BYTES
+        with contextlib.closing(produced) if at_hand and small else prefetched(produced, depth=2) as groups:
             yield counted(itertools.chain.from_iterable(groups))
 
-    def _epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
+    def _epoch(self, epoch: int, first: int, coming: Sequence[ComingWindow]) -> Generator[list[Batch], None, None]:
         """The batches of an epoch, some at a time: gathered and handed over at once, small ones cost less."""
-        coming = self._coming(epoch, first)
         dealt, group_steps = self.dealt, self._group_steps()
         feeds = {shard: ShardFeed() for shard in dealt}
         group = _Group()
@@ -253,8 +257,12 @@ class RankData:
 
     def _group_steps(self) -> int:
         """Batches that are gathered at once."""
+        return max(1, min(_GROUP_STEPS, _GROUP_BYTES // (self._batch_bytes() or 1)))
+
+    def _batch_bytes(self) -> int:
+        """Size of this rank's part of a batch."""
         share = max(1, self.plan.batch_size * len(self.dealt) // len(self.plan.shard_rows))
-        return max(1, min(_GROUP_STEPS, _GROUP_BYTES // (share * row_nbytes(self.layout) or 1)))
+        return share * row_nbytes(self.layout)
 
     def _coming(self, epoch: int, first: int) -> list[ComingWindow]:
         """The windows of all dealt shards that steps from ``first`` on need, in the order in which they need them."""

@@ -176,6 +176,11 @@ class Cache:
         levels = [(room, self._allocate[tier]) for tier, room in plan.tiers]
         self.store = TieredStore(levels) if levels and not plan.resident else None
 
+    @property
+    def is_host_memory(self) -> bool:
+        """True where rows that are kept in one piece lie in the host's memory, and not on a GPU or a disk."""
+        return self.plan.resident and self.plan.tiers[0][0] == "memory"
+
     def reserve(self, need: int) -> Allocate | None:
         """An allocator for all rows of a shard, or None where it cannot be held in one piece."""
         if not self.plan.resident or need > self._room:

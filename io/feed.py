@@ -149,6 +149,28 @@ class _Part:
     taken: int = 0
 
 
+@dataclass(slots=True)
+class Taken:
+    """Rows that were taken and are yet to be gathered.
+
+    Attributes:
+        tensors: Where they lie, by field.
+        order: Places there; theirs are those from ``start`` to ``stop``.
+        start: See ``order``.
+        stop: See ``order``.
+    """
+
+    tensors: Tensors
+    order: Tensor
+    start: int
+    stop: int
+
+    @property
+    def places(self) -> Tensor:
+        """Their places, shape (rows,)."""
+        return self.order[self.start : self.stop]
+
+
 class ShardFeed:
     """The rows of one shard in the order of the epoch, window by window."""
 
@@ -162,13 +184,19 @@ class ShardFeed:
         self._parts.append(_Part(tensors, order, rows, done))
         self.rows += rows
 
-    def take(self, rows: int, taken: list["Taken"], finished: list[Callable[[], None]]) -> None:
-        """Append to ``taken`` where the next rows lie, and to ``finished`` what to call when they were gathered."""
+    def take(self, rows: int, taken: list[Taken], finished: list[Callable[[], None]]) -> None:
+        """Append to ``taken`` where the next rows lie, and to ``finished`` what to call when they were gathered.
+
+        What follows the rows that were taken last is added to those: of one shard, whole groups of batches are one.
+        """
         self.rows -= rows
         while rows:
             part = self._parts[0]
             count = min(rows, part.rows - part.taken)
-            taken.append((part.tensors, part.order[part.taken : part.taken + count], count))
+            if taken and taken[-1].order is part.order and taken[-1].stop == part.taken:
+                taken[-1].stop += count
+            else:
+                taken.append(Taken(part.tensors, part.order, part.taken, part.taken + count))
             part.taken += count
             rows -= count
             if part.taken == part.rows:
@@ -177,23 +205,20 @@ class ShardFeed:
                 self._parts.popleft()
 
 
-Taken = tuple[Tensors, Tensor, int]
-"""Tensors by field, places of rows in them, and how many these are."""
-
-
 def gather(taken: Sequence[Taken], layout: Layout) -> Tensors:
     """One tensor per field of the rows at the given places, in this order, shape (rows, ...)."""
     if not taken:
         return {name: torch.empty((0, *shape), dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}
-    first = taken[0][0]
-    if all(tensors is first for tensors, _, _ in taken):
-        places = taken[0][1] if len(taken) == 1 else torch.cat([places for _, places, _ in taken])
+    first = taken[0].tensors
+    if all(one.tensors is first for one in taken):
+        places = taken[0].places if len(taken) == 1 else torch.cat([one.places for one in taken])
         return {name: tensor.index_select(0, places) for name, tensor in first.items()}
-    total = sum(count for _, _, count in taken)
+    total = sum(one.stop - one.start for one in taken)
     found = {name: tensor.new_empty((total, *tensor.shape[1:])) for name, tensor in first.items()}
     at = 0
-    for tensors, places, count in taken:
+    for one in taken:
+        places, end = one.places, at + one.stop - one.start
         for name, out in found.items():
-            torch.index_select(tensors[name], 0, places, out=out[at : at + count])
-        at += count
+            torch.index_select(one.tensors[name], 0, places, out=out[at:end])
+        at = end
     return found

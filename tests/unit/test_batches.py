@@ -450,6 +450,22 @@ def test_rows_that_fit_nowhere_whole_are_kept_in_parts(
     assert total <= len(pieces_read) < 3 * total, "something was kept, and not everything had to be"
 
 
+@pytest.mark.parametrize(
+    ("cache", "rows", "threads"),
+    [("memory", 1000, (1, 0)), ("memory", 40_000, (1, 1)), ("disk", 1000, (1, 1)), ("none", 1000, (1, 1))],
+)
+def test_a_thread_gathers_ahead_unless_small_batches_of_kept_rows_are_sooner_gathered_than_it_wakes(
+    tmp_path: Path, cache: CacheTier, rows: int, threads: tuple[int, int]
+) -> None:
+    data = rank_data(write_staged(tmp_path / "rows.parquet", consecutive([rows])), batch_size=rows, cache=cache)
+    found = []
+    for epoch in range(2):
+        with data.open_epoch(epoch) as batches:
+            found.append(sum(thread.name == "sparkdl-prefetch" for thread in threading.enumerate()))
+            assert sorted(next(batches).labels[0].tolist()) == list(range(rows))
+    assert tuple(found) == threads
+
+
 def test_a_full_shuffle_without_room_says_what_to_do(groups: list[RowGroup]) -> None:
     small = replace(rank_data(groups, shuffle="full"), cache=Cache(plan_cache("memory", 5000, Free(None, 1000, None))))
     with pytest.raises(ConfigError, match=r"shuffle='full' needs all rows.*do not fit into the cache.*cacheBytes"):
