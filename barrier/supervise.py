@@ -48,7 +48,7 @@ class RestartPolicy:
         >>> [policy.pause(restart).total_seconds() for restart in (1, 2, 3, 6)]
         [1.0, 2.0, 4.0, 30.0]
         """
-        return min(self.backoff * 2 ** min(restart - 1, 32), self.longest_backoff)
+        return min(self.backoff * (1 << min(restart - 1, 32)), self.longest_backoff)
 
 
 @dataclass(frozen=True, slots=True)
