@@ -34,6 +34,7 @@ _CANCELLED = re.compile(
 )
 _JAVA_REASON = re.compile(r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$", re.MULTILINE)
 _PYTHON_REASON = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*$", re.MULTILINE)
+_EXECUTOR = re.compile(r"ExecutorLostFailure \(.+")
 _SAYS_NOTHING = ("awaitResult", "failed barrier ResultStage")
 
 
@@ -229,7 +230,7 @@ def _reason(text: str) -> str:
     """The sentence of Spark's error that says most."""
     reasons = [match for match in _JAVA_REASON.findall(text) if not any(words in match for words in _SAYS_NOTHING)]
     raised = _PYTHON_REASON.findall(text.partition("Traceback (most recent call last):")[2])
-    return str((raised or reasons or [_first_line(text)])[0])
+    return str((raised or reasons or _EXECUTOR.findall(text) or [_first_line(text)])[0])
 
 
 def _first_line(text: str) -> str:

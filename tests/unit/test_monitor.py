@@ -244,3 +244,17 @@ def test_ranks_that_are_heard_over_their_connection_need_no_files() -> None:
     monitor.receive_file({"event": "alive", "rank": 1, "host": "h", "attempt": 1, "phase": "data", "step": 1})
     assert not monitor.is_silent(0)
     assert monitor.is_silent(1)
+
+
+def test_of_a_lost_executor_sparks_own_reason_is_told() -> None:
+    text = (
+        "An error occurred while calling o1980.getResult.\n"
+        ": org.apache.spark.SparkException: Exception thrown in awaitResult: \n"
+        "Caused by: org.apache.spark.SparkException: Job aborted due to stage failure: Could not recover from a failed "
+        "barrier ResultStage. Most recent failure reason: Stage failed because barrier task ResultTask(3, 1) finished "
+        "unsuccessfully.\nExecutorLostFailure (executor 1 exited caused by one of the running tasks) Reason: Command "
+        "exited with code 137\n"
+    )
+    found = error(Monitor(2), text)
+    assert found.lost
+    assert "Spark says: ExecutorLostFailure (executor 1 exited caused by one of the running tasks)" in str(found)
