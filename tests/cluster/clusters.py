@@ -29,7 +29,7 @@ from tests.faults import FailAt
 ROOT = Path(__file__).parents[2]
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 180.0
-FIT_SECONDS = 300.0
+FIT_SECONDS = 180.0
 _POLL_SECONDS = 0.02
 _DEATH = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()  # nothing outlives the test process
 

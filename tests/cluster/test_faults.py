@@ -329,6 +329,9 @@ def test_a_host_falls_off_the_network(cluster: Cluster, folder: str, measured: R
         set_link(cluster.hosts[1], up=False)
         acted(folder)
         outcome = end()
+    except TimeoutError as error:
+        measured(Measured("network of a host", cluster.name, "no end", bar=fault.bar, cause=str(error)))
+        raise
     finally:
         set_link(cluster.hosts[1], up=True)
     found = measure(fault, cluster.name, outcome, None, "network of a host")
