@@ -280,7 +280,7 @@ def test_a_lost_host_leaves_fewer_ranks(cluster: Cluster, folder: str, measured:
     )()
     found = measure(fault, cluster.name, outcome, None, "host of 2 ranks")
     close = outcome.weights.keys() == calm.weights.keys() and all(
-        torch.allclose(outcome.weights[name], calm.weights[name], rtol=1e-3, atol=1e-5) for name in calm.weights
+        torch.allclose(outcome.weights[name], calm.weights[name], rtol=0, atol=1e-6) for name in calm.weights
     )
     measured(replace(found, weights=compared(outcome, calm)))
     assert outcome.restarts[0].endswith("Started again with 2 ranks.")
@@ -335,9 +335,7 @@ def test_a_host_falls_off_the_network(cluster: Cluster, folder: str, measured: R
     finally:
         set_link(cluster.hosts[1], up=True)
     found = measure(fault, cluster.name, outcome, None, "network of a host")
-    close = all(
-        torch.allclose(outcome.weights[name], calm.weights[name], rtol=1e-3, atol=1e-5) for name in calm.weights
-    )
+    close = all(torch.allclose(outcome.weights[name], calm.weights[name], rtol=0, atol=1e-6) for name in calm.weights)
     measured(replace(found, weights=compared(outcome, calm)))
     assert outcome.restarts[-1].endswith("Started again with 1 ranks.")
     check(fault, replace(found, weights="close" if close else "far"), outcome, weights="close")
