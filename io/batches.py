@@ -198,14 +198,21 @@ class RankData:
         dealt, group_steps = self.dealt, self._group_steps()
         feeds = {shard: ShardFeed() for shard in dealt}
         group = _Group()
+        largest = max((window.window.rows for window in coming if window.pool is not None), default=0)
+        crowded = largest > 2 * group_steps * self.plan.batch_size  # memory that the next window can use, for a copy
         with contextlib.ExitStack() as stack:
             for window in coming:  # however the epoch ends, its memory serves the next one
                 stack.callback(window.release)
             reader = stack.enter_context(self._open_windows(coming, epoch))
             windows = iter(coming)
             for counts in self.plan.counts(dealt, first):
+                if crowded and any(0 < feed.rows < rows for feed, rows in zip(feeds.values(), counts, strict=True)):
+                    yield self._gathered(group)  # before what waits in their windows is copied out
+                    group = _Group()
                 try:
                     for feed, rows in zip(feeds.values(), counts, strict=True):
+                        if crowded and 0 < feed.rows < rows:
+                            feed.settle()
                         while feed.rows < rows:
                             window = next(windows)
                             window.fill(reader)

@@ -8,7 +8,7 @@ import bisect
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,10 +20,45 @@ from sparkdl.config import Column, Columns
 from sparkdl.errors import DataError
 from sparkdl.io.checks import Array, Rows, Source, check_values, common_width, replacement_of_nulls
 
-__all__ = ["Value", "convert", "keep_mask", "null_rows", "raw_array", "to_array", "whole"]
+__all__ = ["SparseRows", "Value", "convert", "keep_mask", "null_rows", "raw_array", "to_array", "whole"]
 
-Value: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...] | pa.Array
-"""A tensor of shape (rows, ...); an assembled column's parts, each of shape (rows,); a raw column's Arrow array."""
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Rows of vectors most of whose values are 0, as they are stored: they are spread out where they are to lie.
+
+    Attributes:
+        shape: Of all rows, (rows, ...).
+        places: Place of each stored value among all, shape (stored,), int64.
+        values: The stored values, shape (stored,), in the column's dtype.
+    """
+
+    shape: torch.Size
+    places: torch.Tensor
+    values: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    def write(self, out: torch.Tensor) -> None:
+        """Spread the rows out over ``out``, a contiguous tensor of their shape and dtype."""
+        out.zero_().view(-1).index_copy_(0, self.places.to(out.device), self.values.to(out.device))
+
+    def dense(self) -> torch.Tensor:
+        """The rows as a tensor."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.write(out)
+        return out
+
+
+Value: TypeAlias = torch.Tensor | SparseRows | tuple[torch.Tensor, ...] | pa.Array
+"""A tensor of shape (rows, ...); sparse vectors; an assembled column's parts, each of shape (rows,); a raw column's
+Arrow array."""
 
 _VECTOR_FIELDS = ("type", "size", "indices", "values")
 
@@ -34,7 +69,7 @@ _overflow_is_seen = np.errstate(over="ignore", invalid="ignore")
 
 @_overflow_is_seen
 def convert(
-    table: pa.Table, columns: Columns, widths: Mapping[str, int] | None = None, *, parts_checked: bool = True
+    table: pa.Table, columns: Columns, widths: Mapping[str, int] | None = None, *, finished: bool = True
 ) -> dict[str, Value]:
     """The columns of Parquet that is read in place, as tensors: views of Arrow's memory where the type allows.
 
@@ -42,12 +77,12 @@ def convert(
         table: Columns under the user's names, with Arrow's own types; of assembled columns, their parts.
         columns: What they are.
         widths: Values per row of each column by staged name, where known.
-        parts_checked: False leaves it to the caller to look for NaN and infinity among the parts of assembled columns,
-            which costs less once they are put together.
+        finished: False leaves to the caller what costs less where the rows are put together: to spread out sparse
+            vectors, and to look for NaN and infinity among the parts of assembled columns.
 
     Returns:
         By staged name: a tensor in the column's dtype; for an assembled column the parts, floating ones in their own
-        dtype, to be stacked; for a raw column the Arrow array.
+        dtype, to be stacked; for a raw column the Arrow array; for sparse vectors `SparseRows` unless ``finished``.
 
     Raises:
         DataError: A null, a NaN or infinity, a ragged row, a bad label, an unknown word, or a type that the column
@@ -59,14 +94,19 @@ def convert(
             values[column.field] = raw_array(whole(table.column(column.name)), column, table)
         elif column.kind == "assembled" and not column.shape:
             parts = [(name, whole(table.column(name))) for name in column.parts]
-            read_as = column if parts_checked else replace(column, validity="any")
+            read_as = column if finished else replace(column, validity="any")
             values[column.field] = tuple(_tensor(_part(array, name, read_as, table)) for name, array in parts)
         else:
             if column.kind == "assembled":
                 array = pa.StructArray.from_arrays([whole(table.column(name)) for name in column.parts], column.parts)
             else:
                 array = whole(table.column(column.name))
-            tensor = _tensor(to_array(array, column, table, (widths or {}).get(column.field)))
+            width = (widths or {}).get(column.field)
+            sparse = None if finished or column.kind != "vector" else _sparse_rows(array, column, table, width)
+            if sparse is not None:
+                values[column.field] = sparse
+                continue
+            tensor = _tensor(to_array(array, column, table, width))
             values[column.field] = tensor if column.flat or tensor.ndim > 1 else tensor[:, None]
     return values
 
@@ -100,8 +140,7 @@ def to_array(array: pa.Array, column: Column, batch: Rows | None = None, width: 
     values = _numbers(array, source) if column.kind == "scalar" else _matrix(array, source, width, column.shape)
     if values.dtype.kind == "f" and dtype.kind == "f":
         values = values.astype(dtype, copy=False)  # what no float32 can hold becomes infinite, and is refused as such
-    if not (column.kind == "vector" and column.validity == "finite" and _stores_few_finite(array, values)):
-        check_values(values, source)
+    check_values(values, source)
     values = np.ascontiguousarray(values, dtype)
     return values.reshape(-1, *column.shape) if column.shape else values
 
@@ -292,7 +331,39 @@ def _padded(values: Array, lengths: Array, source: Source) -> Array:
 
 
 def _dense(array: pa.Array, source: Source, width: int | None) -> Array:
-    """Spark ML vectors, a struct of type (0 sparse, 1 dense), size, indices and values, as a dense matrix."""
+    """Spark ML vectors as a dense matrix."""
+    stored, places, width = _stored(array, source, width)
+    if places is None:
+        dense: Array = stored.reshape(len(array), width)
+        return dense
+    out = np.zeros((len(array), width), source.column.dtype)
+    out.reshape(-1)[places] = stored
+    return out
+
+
+def _sparse_rows(array: pa.Array, column: Column, batch: Rows, width: int | None) -> SparseRows | None:
+    """Vectors as they are stored; None where `to_array` has something to look at, or most values are stored anyway."""
+    array = _plain_layout(array)
+    if array.null_count or column.validity not in ("any", "finite"):
+        return None
+    stored, places, width = _stored(
+        array, Source(column, batch, column.name), math.prod(column.shape) if column.shape else width
+    )
+    if places is None or 2 * len(stored) > len(array) * width:
+        return None
+    stored = np.ascontiguousarray(stored, column.dtype)
+    if column.validity == "finite" and not np.isfinite(stored.sum()):
+        return None
+    shape = torch.Size((len(array), *(column.shape or (width,))))
+    return SparseRows(shape, torch.from_numpy(places), _tensor(stored))
+
+
+def _stored(array: pa.Array, source: Source, width: int | None) -> tuple[Array, Array | None, int]:
+    """Spark ML vectors, a struct of type (0 sparse, 1 dense), size, indices and values: what they store.
+
+    Returns:
+        The stored values; their places among all values of all rows, None where all are stored; values per row.
+    """
     if not pa.types.is_struct(array.type) or any(array.type.get_field_index(name) < 0 for name in _VECTOR_FIELDS):
         raise source.wrong_type(array.type, "ML vectors")
     rows, declared = len(array), bool(source.column.shape)
@@ -303,15 +374,14 @@ def _dense(array: pa.Array, source: Source, width: int | None) -> Array:
     if sparse.any():
         sizes = np.where(sparse, array.field("size").fill_null(0).to_numpy(zero_copy_only=False), lengths)
     width = common_width(sizes, source, width, declared=declared)
-    flat = values.flatten().to_numpy(zero_copy_only=False)
+    stored = values.flatten().to_numpy(zero_copy_only=False)
     if not sparse.any():
-        dense: Array = flat.reshape(rows, width)
-        return dense
+        return stored, None, width
     if sparse.all():
         position = array.field("indices").flatten().to_numpy(zero_copy_only=False)
     else:
         # The position within its row is right for dense rows.
-        position = np.arange(len(flat)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        position = np.arange(len(stored)) - np.repeat(lengths.cumsum() - lengths, lengths)
         position[np.repeat(sparse, lengths)] = array.field("indices").flatten().to_numpy(zero_copy_only=False)
     if len(position) and not 0 <= position.min() <= position.max() < width:
         place = int(np.argmax((position < 0) | (position >= width)))
@@ -320,19 +390,7 @@ def _dense(array: pa.Array, source: Source, width: int | None) -> Array:
             f"{source.name!r} has a sparse vector with an index that is not below its size: {source.row(row)}. Write "
             "the column anew."
         )
-    out = np.zeros((rows, width), source.column.dtype)
-    out.reshape(-1)[np.repeat(np.arange(rows) * width, lengths) + position] = flat
-    return out
-
-
-def _stores_few_finite(array: pa.Array, matrix: Array) -> bool:
-    """True only where what vectors store is finite and much less than the values of the matrix made of them."""
-    if array.null_count:
-        return False
-    stored = _plain_layout(array).field("values").flatten()
-    return len(stored) < matrix.size / 2 and bool(
-        np.isfinite(stored.to_numpy(zero_copy_only=False).astype(matrix.dtype).sum())
-    )
+    return stored, np.repeat(np.arange(rows) * width, lengths) + position, width
 
 
 def _numbers_of_words(array: pa.Array, source: Source) -> Array:

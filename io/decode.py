@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparkdl.config import Columns
 from sparkdl.errors import ConfigError, DataError
+from sparkdl.io.convert import SparseRows
 from sparkdl.io.plan import Piece
 from sparkdl.io.schema import convert, decode
 
@@ -28,8 +29,9 @@ __all__ = [
     "stacked",
 ]
 
-Values = Mapping[str, Tensor | tuple[Tensor, ...]]
-"""By staged field name: a tensor of shape (rows, ...), or the columns that make up one, each of shape (rows,)."""
+Values = Mapping[str, Tensor | SparseRows | tuple[Tensor, ...]]
+"""By staged field name: a tensor of shape (rows, ...), sparse rows of that shape, or the columns that make up one, each
+of shape (rows,)."""
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """By staged field name: name of the dtype, and shape of one row."""
@@ -74,7 +76,7 @@ class Decoder:
         if not self.native:
             values: dict[str, Any] = decode(table, self.columns)
         else:
-            values = convert(table, self.columns, parts_checked=self.transform is not None)
+            values = convert(table, self.columns, finished=self.transform is not None)
         if self.transform is None:
             return values
         generator = _generator(self.seed, epoch, piece) if self.is_random else None
@@ -156,12 +158,15 @@ def draws_random_numbers(transform: Transform) -> bool:
 
 
 def stacked(values: Values, columns: Columns) -> dict[str, Tensor]:
-    """The values with the parts of assembled columns put together, each of shape (rows, parts)."""
+    """The values with the parts of assembled columns put together, each of shape (rows, parts), and all rows dense."""
     dtypes = {column.field: column.dtype for column in columns}
-    return {
-        name: torch.stack(value, 1).to(getattr(torch, dtypes[name])) if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }
+
+    def whole(name: str, value: Tensor | SparseRows | tuple[Tensor, ...]) -> Tensor:
+        if isinstance(value, SparseRows):
+            return value.dense()
+        return torch.stack(value, 1).to(getattr(torch, dtypes[name])) if isinstance(value, tuple) else value
+
+    return {name: whole(name, value) for name, value in values.items()}
 
 
 def layout_of(values: Values, columns: Columns) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -169,7 +174,7 @@ def layout_of(values: Values, columns: Columns) -> dict[str, tuple[str, tuple[in
     found = {}
     for column in columns:
         value = values[column.field]
-        parts: Sequence[Tensor] = value if isinstance(value, tuple) else (value,)
+        parts: Sequence[Tensor | SparseRows] = value if isinstance(value, tuple) else (value,)
         shape = (len(parts),) if isinstance(value, tuple) else tuple(value.shape[1:])
         dtype = column.dtype if isinstance(value, tuple) else str(parts[0].dtype).removeprefix("torch.")
         found[column.field] = (dtype, shape)

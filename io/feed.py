@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sparkdl.errors import DataError
+from sparkdl.io.convert import SparseRows
 from sparkdl.io.decode import Layout, Values
 
 __all__ = ["RowMemory", "ShardFeed", "Standardise", "WindowPool", "gather", "row_nbytes"]
 
 Tensors = dict[str, Tensor]
+_TURNED_BYTES = 3 << 20  # turned at once
 _thread = threading.local()
 Allocate = Callable[[str, int], Tensor]
 """From the name of a field and a number of rows to an uninitialised tensor of its layout."""
@@ -70,12 +72,17 @@ class RowMemory:
             parts = value if isinstance(value, tuple) else (value,)
             place = tensors[name][start : start + len(parts[0])]
             self._check(name, value)
-            place.copy_(_side_by_side(value, place.dtype) if isinstance(value, tuple) else value)
+            if isinstance(value, SparseRows):
+                value.write(place)
+            elif isinstance(value, tuple):
+                _write_side_by_side(value, place)
+            else:
+                place.copy_(value)
             if name in self.standardise:
                 mean, scale = self.standardise[name]
                 place.sub_(mean).mul_(scale)
 
-    def _check(self, name: str, value: Tensor | tuple[Tensor, ...]) -> None:
+    def _check(self, name: str, value: Tensor | SparseRows | tuple[Tensor, ...]) -> None:
         dtype, expected = self.layout[name]
         found = (len(value),) if isinstance(value, tuple) else tuple(value.shape[1:])
         kind = dtype if isinstance(value, tuple) else str(value.dtype).removeprefix("torch.")
@@ -86,18 +93,22 @@ class RowMemory:
             )
 
 
-def _side_by_side(columns: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Columns of shape (rows,) as a view of shape (rows, columns), valid until this thread's next call.
+def _write_side_by_side(columns: Sequence[Tensor], out: Tensor) -> None:
+    """Write columns of shape (rows,) to ``out``, of shape (rows, columns).
 
     They are put one below the other and the matrix is turned: torch copies turned matrices block by block, which takes
     half the time of ``torch.stack(columns, 1)``, and without the GIL. The memory is used again, see `WindowPool`.
     """
-    size = len(columns) * len(columns[0])
+    block = max(1, _TURNED_BYTES // (len(columns) * out.itemsize))
+    size = len(columns) * min(block, len(out))
     flat: Tensor | None = getattr(_thread, "flat", None)
-    if flat is None or flat.dtype != dtype or len(flat) < size:
-        flat = _thread.flat = torch.empty(size, dtype=dtype)
-    below = flat[:size].view(len(columns), -1)
-    return torch.stack(tuple(columns), 0, out=below).t()
+    if flat is None or flat.dtype != out.dtype or len(flat) < size:
+        flat = _thread.flat = torch.empty(size, dtype=out.dtype)
+    for start in range(0, len(out), block):
+        part = out[start : start + block]
+        below = flat[: part.numel()].view(len(columns), len(part))
+        torch.stack([column[start : start + block] for column in columns], 0, out=below)
+        part.copy_(below.t())
 
 
 class WindowPool:
@@ -183,6 +194,20 @@ class ShardFeed:
         rows = order.shape[0]
         self._parts.append(_Part(tensors, order, rows, done))
         self.rows += rows
+
+    def settle(self) -> None:
+        """Copy out the rows that wait, so that their windows can be filled again; nobody may still gather from these.
+
+        Only what fills less than half of its memory is copied.
+        """
+        for part in self._parts:
+            left = part.order[part.taken :]
+            if part.done is None or 2 * len(left) > len(next(iter(part.tensors.values()))):
+                continue
+            part.tensors = {name: tensor.index_select(0, left) for name, tensor in part.tensors.items()}
+            part.order, part.rows, part.taken = torch.arange(len(left)), len(left), 0
+            part.done()
+            part.done = None
 
     def take(self, rows: int, taken: list[Taken], finished: list[Callable[[], None]]) -> None:
         """Append to ``taken`` where the next rows lie, and to ``finished`` what to call when they were gathered.

@@ -82,11 +82,17 @@ class Window:
     rows: int
     seed: tuple[int, ...] | None
 
-    def order(self) -> Int64:
-        """Permutation of the window's rows, shape (rows,): the epoch takes row ``order[k]`` as its k-th."""
-        if self.seed is None:
-            return np.arange(self.rows)
-        return _generator(*self.seed).permutation(self.rows)
+    def order(self, places: Int64 | None = None) -> Int64:
+        """Where the window's rows lie, in the order in which the epoch takes them.
+
+        Args:
+            places: Where they lie in reading order, shape (rows,); shuffled in place. None: 0, 1, 2, ...
+        """
+        if places is None:
+            places = np.arange(self.rows)
+        if self.seed is not None:
+            _generator(*self.seed).shuffle(places)
+        return places
 
 
 def plan_pieces(row_groups: Sequence[RowGroup], num_shards: int) -> tuple[tuple[Piece, ...], ...]:

@@ -107,12 +107,9 @@ class ComingWindow:
 
     def order(self) -> Int64:
         """Places of the window's rows in its memory, in the order of the epoch; shape (rows - skipped,)."""
-        order = self.window.order()[self.skipped :]
-        if self.arena is None:
-            return order
-        numbers = list(self.window.pieces)
-        starts = self.arena.starts
-        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-            return order + starts[numbers[0]] if starts[numbers[0]] else order
-        places = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in numbers])
-        return places[order]
+        places: Int64 | None = None
+        if self.arena is not None:
+            starts = self.arena.starts
+            runs = [np.arange(starts[number], starts[number + 1]) for number in self.window.pieces]
+            places = np.concatenate(runs) if len(runs) > 1 else runs[0]
+        return self.window.order(places)[self.skipped :]

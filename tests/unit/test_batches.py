@@ -452,17 +452,19 @@ def test_rows_that_fit_nowhere_whole_are_kept_in_parts(
 
 @pytest.mark.parametrize(
     ("cache", "rows", "threads"),
-    [("memory", 1000, (1, 0)), ("memory", 40_000, (1, 1)), ("disk", 1000, (1, 1)), ("none", 1000, (1, 1))],
+    [("memory", 16, (1, 0)), ("memory", 40_000, (1, 1)), ("disk", 16, (1, 1)), ("none", 16, (1, 1))],
 )
 def test_a_thread_gathers_ahead_unless_small_batches_of_kept_rows_are_sooner_gathered_than_it_wakes(
     tmp_path: Path, cache: CacheTier, rows: int, threads: tuple[int, int]
 ) -> None:
-    data = rank_data(write_staged(tmp_path / "rows.parquet", consecutive([rows])), batch_size=rows, cache=cache)
+    steps = 64 if rows == 16 else 8  # more than are gathered ahead: the thread cannot have ended
+    groups = write_staged(tmp_path / "rows.parquet", consecutive([rows] * steps))
+    data = rank_data(groups, batch_size=rows, cache=cache)
     found = []
     for epoch in range(2):
         with data.open_epoch(epoch) as batches:
             found.append(sum(thread.name == "sparkdl-prefetch" for thread in threading.enumerate()))
-            assert sorted(next(batches).labels[0].tolist()) == list(range(rows))
+            assert sorted(row for batch in batches for row in batch.labels[0].tolist()) == list(range(rows * steps))
     assert tuple(found) == threads
 
 
@@ -509,6 +511,27 @@ def test_windows_of_one_pass_share_their_memory_and_batches_do_not(tmp_path: Pat
     # Two fields, in the windows that are drained and in those that the reader fills ahead of them; not in all forty.
     assert len(addresses) < 2 * 20
     assert sorted(row for ids in ids_of(batches) for row in ids) == list(range(1200))
+    for batch in batches:
+        assert_rows(batch.inputs[0], batch.labels[0], batch.labels[0].tolist())
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_window_that_is_nearly_read_serves_the_next_but_one(tmp_path: Path, num_shards: int) -> None:
+    groups = write_staged(tmp_path / "even.parquet", consecutive([30] * 120))
+    data = rank_data(groups, num_shards=num_shards, window=600, batch_size=7)
+    addresses = set()
+    allocate = WindowPool.allocate
+
+    def seen(pool: WindowPool, name: str, rows: int) -> torch.Tensor:
+        tensor = allocate(pool, name, rows)
+        addresses.add(tensor.data_ptr())
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WindowPool, "allocate", seen)
+        batches = epoch_of(data)
+    assert len(addresses) <= 2 * 2 * num_shards  # of two fields: a window that is read and one that is filled
+    assert sorted(row for ids in ids_of(batches) for row in ids) == list(range(3600))
     for batch in batches:
         assert_rows(batch.inputs[0], batch.labels[0], batch.labels[0].tolist())
 

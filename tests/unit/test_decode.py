@@ -10,7 +10,9 @@ import torch
 
 from sparkdl.config import Column, Columns
 from sparkdl.errors import ConfigError, DataError
-from sparkdl.io.decode import Decoder, apply_transform, draws_random_numbers, layout_of
+from sparkdl.io.convert import SparseRows, convert
+from sparkdl.io.decode import Decoder, apply_transform, draws_random_numbers, layout_of, stacked
+from sparkdl.io.feed import RowMemory, WindowPool
 from sparkdl.io.plan import Piece, RowGroup
 
 COLUMNS = Columns(
@@ -61,6 +63,45 @@ def test_without_a_transform_the_parts_of_an_assembled_column_stay_apart() -> No
     values = Decoder(columns, native=True)(TABLE)
     assert [part.tolist() for part in values["input_1"]] == [[1, 2, 3], [4, 5, 6]]
     assert layout_of(values, columns) == {"input_1": ("float32", (2,)), "label_0": ("int64", ())}
+
+
+def vectors(values: list[list[float]]) -> pa.Table:
+    """Sparse vectors of size 8 that store their values from index 2 on; the last one is dense."""
+    rows: list[dict[str, Any]] = [
+        {"type": 0, "size": 8, "indices": [2 + place for place in range(len(row))], "values": row} for row in values
+    ]
+    rows.append({"type": 1, "size": None, "indices": None, "values": [float(place) for place in range(8)]})
+    numbers, kind = (
+        pa.list_(pa.float64()),
+        [("type", pa.int8()), ("size", pa.int32()), ("indices", pa.list_(pa.int32()))],
+    )
+    return pa.table({"vector": pa.array(rows, pa.struct([*kind, ("values", numbers)]))})
+
+
+@pytest.mark.parametrize("shape", [(), (2, 4)])
+def test_sparse_vectors_are_spread_out_where_they_are_to_lie(shape: tuple[int, ...]) -> None:
+    columns = Columns((Column("vector", "input_0", "vector", "float32", shape=shape),), ())
+    table = vectors([[1.5], [], [2.0, -3.0], [], []]).slice(1)
+    values = Decoder(columns, native=True)(table)
+    layout = layout_of(values, columns)
+    expected = convert(table, columns)["input_0"]
+    assert isinstance(values["input_0"], SparseRows)
+    assert layout == {"input_0": ("float32", shape or (8,))}
+    memory = RowMemory(7, layout, WindowPool(layout, 7).allocate, {"input_0": "vector"})
+    memory.prepare()["input_0"].fill_(9)
+    memory.write(1, values)
+    assert memory.tensors["input_0"][1:6].equal(expected)
+    assert memory.tensors["input_0"][[0, 6]].eq(9).all()
+    assert stacked(values, columns)["input_0"].equal(expected)
+    doubled = Decoder(columns, lambda given: {"vector": given["vector"] * 2}, native=True)(table)
+    assert doubled["input_0"].equal(expected * 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
+def test_a_sparse_vector_that_is_not_finite_is_refused(bad: float) -> None:
+    columns = Columns((Column("vector", "input_0", "vector", "float32"),), ())
+    with pytest.raises(DataError, match=r"'vector' is NaN or infinite in 2 of 6 rows; the first: .*\[2, 3\]"):
+        Decoder(columns, native=True)(vectors([[], [1.0, bad], [], [bad], []]))
 
 
 def test_random_transforms_draw_from_seed_epoch_and_rows() -> None:
