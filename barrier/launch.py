@@ -9,6 +9,7 @@ import json
 import logging
 import pickle
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -27,7 +28,7 @@ from sparkdl.barrier.findings import Request
 from sparkdl.barrier.monitor import FAILURE_NOTE, Monitor
 from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.rendezvous import error_of
-from sparkdl.barrier.resources import is_local, profile_for
+from sparkdl.barrier.resources import find_slots, is_local, profile_for
 from sparkdl.config import Timeouts
 from sparkdl.errors import ConfigError, Failure
 
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 RankBody = Callable[[RankContext, Iterator[pa.RecordBatch]], Iterable[bytes]]
 _CHUNK_BYTES = 4 << 20
-_GRACE_SECONDS = 3.0
+_SLOTS_SECONDS = 2.0  # between two looks at the slots
+_SHORTAGE_SECONDS = 10.0  # that slots may be too few before the ranks are given up
 _RESULT_SCHEMA = "rank int, part int, payload binary"
 _FAILURE_PART = -1  # in place of a result: what all ranks refused with
 
@@ -138,7 +140,7 @@ def launch_stage(
         task = functools.partial(_run_task, dumps(body, "the function"), settings)
         try:
             job = source.mapInArrow(task, _RESULT_SCHEMA, barrier=True, profile=profile)
-            table = _collect(job, tag=run_id, give_up=monitor.knows_cause)
+            table = _collect(job, tag=run_id, monitor=monitor, slots=_SlotsWatch(spark, profile, world_size))
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
                 raise
@@ -167,11 +169,29 @@ class _Settings:
     directory: str | None
 
 
-def _collect(job: "DataFrame", *, tag: str, give_up: Callable[[], bool]) -> pa.Table:
+class _SlotsWatch:
+    """Tells when a cluster has had too few slots for some seconds: a barrier stage waits for them for ever."""
+
+    def __init__(self, spark: "SparkSession", profile: "ResourceProfile | None", world_size: int) -> None:
+        self._spark, self._profile, self._world_size = spark, profile, world_size
+        self._enough = self._asked = time.monotonic()
+
+    def shortage(self) -> int | None:
+        """The slots that are left, where they have been too few for a while; else None."""
+        now = time.monotonic()
+        if now - self._asked < _SLOTS_SECONDS:
+            return None
+        self._asked = now
+        slots = find_slots(self._spark, self._profile)
+        if slots is None or slots >= self._world_size:
+            self._enough = now
+        return slots if now - self._enough > _SHORTAGE_SECONDS else None
+
+
+def _collect(job: "DataFrame", *, tag: str, monitor: Monitor, slots: _SlotsWatch) -> pa.Table:
     """`DataFrame.toArrow` that Ctrl-C stops at once: Spark's own waits for the end of the job even then.
 
-    Once ``give_up`` says so, the job has some seconds to end by itself: Spark hears of a failed task only when its
-    Python process is gone, which may take long.
+    Once the run has failed, the job has some seconds to end by itself.
     """
     spark = job.sparkSession
     done: Future[pa.Table] = Future()
@@ -186,9 +206,12 @@ def _collect(job: "DataFrame", *, tag: str, give_up: Callable[[], bool]) -> pa.T
     thread = threading.Thread(target=inheritable_thread_target(spark)(collect), name="sparkdl-stage", daemon=True)
     thread.start()
     try:
-        while not done.done() and not give_up():
+        while not done.done() and (patience := monitor.patience()) is None:
+            if not monitor.has_started() and (left := slots.shortage()) is not None:
+                monitor.lose_slots(left)
             thread.join(timeout=0.2)
-        thread.join(timeout=_GRACE_SECONDS)
+        if not done.done():
+            thread.join(timeout=patience)
         if not done.done():
             _interrupt(spark, tag)
     except BaseException:

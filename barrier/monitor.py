@@ -23,8 +23,9 @@ __all__ = ["FAILURE_NOTE", "Monitor"]
 FAILURE_NOTE = "sparkdl failure: "
 """What a rank's account begins with where it travels in a note of Spark's own error."""
 
-_REPORTS_SECONDS = 2.0  # for the reports of other ranks after the first hang
+_REPORTS_SECONDS = 1.0  # for the reports of other ranks after the first hang
 _LAST_WORDS_SECONDS = 1.0
+_ENDING_SECONDS = 3.0  # for Spark to end a job with a failed task: it waits until the task's Python process is gone
 _SILENT_SECONDS = 5.0  # longer than between two heartbeats
 _STACKS = 4
 _STACK_CHARACTERS = 6000
@@ -74,6 +75,7 @@ class Monitor:
         self._on_event = on_event
         self._changed = threading.Condition()
         self._first_hang: float | None = None
+        self._slots: int | None = None
         self.failures: dict[int, Failure] = {}
 
     # ---- while the stage runs ----------------------------------------------------------------------------------------
@@ -115,12 +117,26 @@ class Monitor:
         heard = self._ranks[rank].heard_live
         return heard is None or time.monotonic() - heard > _SILENT_SECONDS
 
-    def knows_cause(self) -> bool:
-        """True once the run has failed for a reason that is known, whatever Spark knows."""
+    def patience(self) -> float | None:
+        """Seconds that the job has to end by itself, now that the run has failed; None while it has not."""
         with self._changed:
-            return self._has_cause() or (
-                self._first_hang is not None and time.monotonic() > self._first_hang + _REPORTS_SECONDS
-            )
+            if self._has_cause():
+                return _ENDING_SECONDS
+            if self._slots is not None:
+                return 0.0
+            if self._first_hang is not None and time.monotonic() > self._first_hang + _REPORTS_SECONDS:
+                return 0.0  # what hangs does not end by itself
+            return None
+
+    def has_started(self) -> bool:
+        """True once all ranks were heard of."""
+        with self._changed:
+            return all(rank.heard is not None for rank in self._ranks)
+
+    def lose_slots(self, slots: int) -> None:
+        """Take note that the ranks cannot start: the cluster has too few slots left."""
+        with self._changed:
+            self._slots = slots
 
     def _has_cause(self) -> bool:
         return any(not failure.consequence and failure.kind != HANG for failure in self.failures.values())
@@ -128,7 +144,7 @@ class Monitor:
     # ---- afterwards --------------------------------------------------------------------------------------------------
     def settle(self, error: Exception) -> None:
         """Wait a moment for those who may explain ``error``, while they can still be heard."""
-        if _CANCELLED.search(str(error)):
+        if _CANCELLED.search(str(error)) or self._slots is not None:
             return
         end = time.monotonic() + _LAST_WORDS_SECONDS
         with self._changed:
@@ -153,6 +169,13 @@ class Monitor:
             return error_of(self.failures)
         if any(failure.kind == HANG for failure in self.failures.values()):
             return self._hang()
+        if self._slots is not None:
+            return TrainingFailedError(
+                f"{len(self._ranks)} ranks were to start, but the cluster has {self._slots} slots left: executors were "
+                "lost before all ranks had begun.",
+                self.failures,
+                lost=True,
+            )
         if _CANCELLED.search(text):
             return TrainingFailedError(
                 "The job was cancelled, by the driver's program or in Spark's user interface. Spark says: "

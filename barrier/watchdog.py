@@ -27,10 +27,10 @@ Phase = Literal["setup", "data", "compute", "reduce", "validation", "checkpoint"
 HANG = "Hang"  # the kind of failure
 
 _UNLIMITED = ("setup", "done")  # reader, rendezvous and Spark have limits of their own
-_TICK_SECONDS = 0.5
+_TICK_SECONDS = 0.25
 _BEAT_SECONDS = 1.0
 _SEND_SECONDS = 5.0
-_LINGER_SECONDS = 2.0
+_LINGER_SECONDS = 1.0
 _BACKSTOP_SECONDS = 10.0  # after the watchdog ought to have acted
 _EXIT_CODE = 75
 _SPARKS_TIMER = "PYTHON_TRACEBACK_DUMP_INTERVAL_SECONDS"  # faulthandler has one timer, which Spark may use
@@ -131,7 +131,7 @@ class Watchdog:
         while not self._closing.wait(_TICK_SECONDS):
             now, found = time.monotonic(), self._clock.place
             # A process that was stopped, or starved of CPU, gets back the time that it did not have.
-            still = still + min(now - before, 2 * _TICK_SECONDS) if found == place else 0.0
+            still = still + min(now - before, 4 * _TICK_SECONDS) if found == place else 0.0
             place, before = found, now
             limit = self._limit(place.phase)
             if limit is not None and still > limit:

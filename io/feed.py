@@ -12,7 +12,7 @@ from sparkdl.errors import DataError
 from sparkdl.io.convert import SparseRows
 from sparkdl.io.decode import Layout, Values
 
-__all__ = ["RowMemory", "ShardFeed", "Standardise", "WindowPool", "gather", "row_nbytes"]
+__all__ = ["RowMemory", "ShardFeed", "Standardise", "Taken", "WindowPool", "gather", "row_nbytes"]
 
 Tensors = dict[str, Tensor]
 _TURNED_BYTES = 3 << 20  # turned at once

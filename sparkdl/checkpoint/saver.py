@@ -107,8 +107,9 @@ class Saver:
             self._due = self._due or self._schedule.by_step(step)
             self._due = self._due or self._schedule.by_time(time.monotonic(), self._saved)
         ready = self._due and not self._writer.busy
-        self._answers = torch.tensor([ready, self._stopped()], dtype=torch.int32)
-        self._asked = dist.all_reduce(self._answers, group=self._group, async_op=True)
+        stopped = self._rank + 1 if self._stopped() else 0
+        self._answers = torch.tensor([ready, stopped], dtype=torch.int32)
+        self._asked = dist.all_reduce(self._answers, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def agreed(self) -> bool:
         """Whether all ranks save now; the answer to the last `ask`."""
@@ -128,7 +129,7 @@ class Saver:
             Preempted: A rank was told to stop. The state is on storage by then, if the store could be written to.
         """
         began = time.monotonic()
-        stop = bool(self._answers[1])
+        stop = int(self._answers[1])  # the rank that was told to, from 1
         saved = torch.zeros((), dtype=torch.int32)
         if self._rank == 0:
             self._wait()
@@ -140,7 +141,7 @@ class Saver:
         if stop:
             dist.all_reduce(saved, group=self._group)  # none may end the run before its state is on storage
             outcome = "was saved" if saved else "could not be saved"
-            raise Preempted(f"a rank was told to stop (SIGTERM); the state after step {step} {outcome}")
+            raise Preempted(f"rank {stop - 1} was told to stop (SIGTERM); the state after step {step} {outcome}")
 
     def _wait(self) -> bool:
         """Until the last checkpoint is on storage; False where it is not, which fails no training."""

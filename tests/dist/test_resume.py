@@ -138,7 +138,7 @@ def weights_of(found: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def test_who_is_told_to_stop_says_what_was_saved(found: dict[str, Any]) -> None:
-    assert found["stopped"] == f"a rank was told to stop (SIGTERM); the state after step {STOPPED} was saved"
+    assert found["stopped"] == f"rank 3 was told to stop (SIGTERM); the state after step {STOPPED} was saved"
 
 
 def test_on_as_many_ranks_a_resumed_run_is_equal_to_the_bit(found: dict[str, Any]) -> None:

@@ -303,7 +303,7 @@ def test_more_workers_than_slots_are_refused_at_once(spark: SparkSession, people
     message = "numTrainWorkers=5 needs 5 slots at once, but this cluster runs 4 tasks at a time. .*numTrainWorkers=4"
     with job_ids(spark, "slots") as jobs, pytest.raises(SlotsError, match=message):
         TorchClassifier(**CLASSIFIER, numTrainWorkers=5).fit(people)
-    assert jobs == []
+    assert len(jobs) <= 1, "the preflight's own, which finds all that is wrong at once"
     assert time.monotonic() - started < 15  # Spark itself waits for ten minutes
 
 

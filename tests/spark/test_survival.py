@@ -153,7 +153,9 @@ def test_checkpoints_are_kept_and_rows_are_not(undisturbed: dict[int, TorchModel
 def test_sigterm_saves_the_next_step(rows: DataFrame, undisturbed: dict[int, TorchModel], tmp_path: Path) -> None:
     model = fit(rows, event(tmp_path, 1, 8, "sigterm"), workers=2, checkpointInterval=1000)
     assert same(model, undisturbed[2])
-    assert re.match("Rank . on .*Preempted: .*the state after step . was saved", model.summary.restarts[0])
+    assert re.match(
+        "Rank . on .*Preempted: rank 1 was told to stop .*the state after step . was saved", model.summary.restarts[0]
+    )
     assert len(steps_of(str(tmp_path), 0)) <= EPOCHS * STEPS + 1, "steps were repeated"
 
 
