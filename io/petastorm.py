@@ -250,8 +250,8 @@ class _PieceWorker(WorkerBase):
                 result = decode(select(table, piece), number)
         except (OSError, pa.ArrowException, KeyError, IndexError) as error:
             result = DataError(
-                f"Row group {group.index} of {group.path} cannot be read: {reason(error)}. The file was changed, cut short "
-                "or removed since the fit began; fit again."
+                f"Row group {group.index} of {group.path} cannot be read: {reason(error)}. The file was changed, cut "
+                "short or removed since the fit began; fit again."
             )
         except BaseException as error:  # a thread that dies silently would leave the reader waiting
             result = error
