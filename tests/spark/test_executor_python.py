@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.spark, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(200)]
 
 # What a newcomer runs: a session, a fit, a launch; here once for each Python that executors are given (None: Spark's
 # choice), in sessions one after the other. Prints what each of the two raised.

@@ -402,7 +402,7 @@ def run_steps(spark: SparkSession, steps: Steps, **settings: Any) -> list[list[b
     )
 
 
-@pytest.mark.parametrize("act", [get_stuck, stop_the_process])
+@pytest.mark.parametrize("act", [get_stuck, pytest.param(stop_the_process, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_named_and_ends(
     warm: DataFrame, spark: SparkSession, tmp_path: Path, act: Callable[[], None]
 ) -> None:
@@ -433,7 +433,7 @@ def test_a_rank_that_leaves_is_named_and_lost(warm: DataFrame, spark: SparkSessi
 
 
 # ---- jobs that are cancelled -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["group", "all"])
+@pytest.mark.parametrize("how", ["group", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_job_that_the_user_cancels_is_no_loss(warm: DataFrame, spark: SparkSession, tmp_path: Path, how: str) -> None:
     context, steps = spark.sparkContext, Steps(nothing, str(tmp_path), steps=100_000)
     before = driver_state()

@@ -62,6 +62,7 @@ def test_too_few_slots_alone_keep_their_class(spark: SparkSession) -> None:
         preflight(spark, Request(num_train_workers=5)).raise_errors()
 
 
+@pytest.mark.slow
 def test_busy_slots_are_a_note(spark: SparkSession, tmp_path: Path) -> None:
     preflight(spark, Request(num_train_workers=1))  # the session's Python is known from now on
     end = str(tmp_path / "end")
@@ -127,6 +128,7 @@ def doctor(*arguments: str, command: tuple[str, ...] = (sys.executable, "-m", "s
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_doctor_prints_each_finding_with_its_remedy(tmp_path: Path) -> None:
     quiet = ("--conf", "spark.ui.enabled=false", "--conf", "spark.log.level=OFF")
     settings = ("--conf", "spark.speculation=true", "--conf", "spark.executor.pyspark.memory=1g")

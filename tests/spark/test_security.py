@@ -264,7 +264,7 @@ class Running:
         return self._results
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def seen(
     spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, Any]:
@@ -420,6 +420,7 @@ def leaks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dic
     return hidden, texts
 
 
+@pytest.mark.slow
 def test_the_fits_failed_and_were_logged(leaks: tuple[dict[str, str], dict[str, list[str]]]) -> None:
     hidden, texts = leaks
     assert {"store", "channel 0", "secret_key"} < set(hidden)
@@ -430,6 +431,7 @@ def test_the_fits_failed_and_were_logged(leaks: tuple[dict[str, str], dict[str, 
     assert "MapInArrow" in "".join(texts["event log"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["output", "errors", "command lines", "event log"])
 def test_no_secret_is_shown(leaks: tuple[dict[str, str], dict[str, list[str]]], where: str) -> None:
     hidden, texts = leaks

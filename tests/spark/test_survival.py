@@ -1,6 +1,5 @@
 """A run that loses ranks: what comes out is what would have come out."""
 
-import os
 import random
 import re
 import time
@@ -14,6 +13,7 @@ from pyspark.sql import functions as F
 
 from sparkdl import TorchEstimator, TorchModel, TrainingFailedError
 from sparkdl.checkpoint import CheckpointStore
+from sparkdl.errors import LaunchError
 from tests.faults import PLANTED, FailAt, Fragile, Kind, failed_at, steps_of
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(280)]
@@ -71,7 +71,7 @@ def losses(model: TorchModel) -> list[float]:
 # ---- to the bit ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("ranks", "rank", "step", "kind"),
-    [(4, 2, 8, "sigkill"), (2, 0, STEPS + 7, "exit")],
+    [(4, 2, 8, "sigkill"), pytest.param(2, 0, STEPS + 7, "exit", marks=pytest.mark.slow)],
 )
 def test_a_killed_rank_leaves_no_trace_in_the_weights(
     rows: DataFrame, undisturbed: dict[int, TorchModel], tmp_path: Path, ranks: int, rank: int, step: int, kind: Kind
@@ -109,7 +109,12 @@ def test_killed_at_any_step_the_weights_are_the_same(
 
 # ---- what is not tried again -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("raise", PLANTED), ("nan", "The loss is nan after step"), ("memory", "")]
+    ("kind", "reason"),
+    [
+        ("raise", PLANTED),
+        ("nan", "The loss is nan after step"),
+        pytest.param("memory", "", marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_of_its_own_ends_the_run(rows: DataFrame, tmp_path: Path, kind: Kind, reason: str) -> None:
     with pytest.raises(TrainingFailedError, match=f"Rank . on .* failed: .*{reason}") as caught:
@@ -119,6 +124,7 @@ def test_an_error_of_its_own_ends_the_run(rows: DataFrame, tmp_path: Path, kind:
     assert time.time() - failed_at(str(tmp_path)) < 8
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_again_and_again_ends_the_run(rows: DataFrame, tmp_path: Path) -> None:
     with pytest.raises(TrainingFailedError, match=r"2 attempts ended like this \(maxRestarts=1\)") as caught:
         fit(rows, event(tmp_path, 1, 3, "exit", every=True), workers=2, maxRestarts=1)
@@ -126,6 +132,7 @@ def test_a_rank_that_is_lost_again_and_again_ends_the_run(rows: DataFrame, tmp_p
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_without_a_place_for_checkpoints_a_restart_begins_again(rows: DataFrame, tmp_path: Path) -> None:
     scripted = event(tmp_path, 1, STEPS + 2, "exit")
     model = fit(rows, scripted, workers=2, checkpointDir=None, checkpointInterval=None)
@@ -159,7 +166,9 @@ def test_sigterm_saves_the_next_step(rows: DataFrame, undisturbed: dict[int, Tor
     assert len(steps_of(str(tmp_path), 0)) <= EPOCHS * STEPS + 1, "steps were repeated"
 
 
-def test_a_place_for_checkpoints_that_cannot_be_written_fails_no_training(rows: DataFrame, tmp_path: Path) -> None:
-    model = fit(rows, event(tmp_path), workers=2, stagingDir=str(tmp_path / "rows"), checkpointDir="/proc/none")
-    assert [record["rows"] for record in model.history] == [ROWS] * EPOCHS
-    assert os.path.exists("/proc")
+def test_a_place_for_checkpoints_that_cannot_be_written_is_refused_before_any_rank_starts(
+    rows: DataFrame, tmp_path: Path
+) -> None:
+    with pytest.raises(LaunchError, match="checkpointDir='file:///proc/none' must be writable from all executors"):
+        fit(rows, event(tmp_path), workers=2, checkpointDir="/proc/none")
+    assert not steps_of(str(tmp_path), 0)
