@@ -40,7 +40,7 @@ demo: java $(STAMP) ## Train on a DataFrame with spark-submit on four local slot
 
 .PHONY: test
 test: java $(STAMP) ## Run the test suite and show the ten slowest tests
-	$(PY) -m pytest -n 2 --dist loadgroup --durations=10 $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --durations=10 $(ARGS)
 
 .PHONY: test-slow
 test-slow: java $(STAMP) ## Run the tests that take a minute or more

@@ -156,6 +156,9 @@ def run_rank(
         torch.set_num_threads(threads)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            stack.callback(
+                torch.cuda.empty_cache
+            )  # of a CUDA context no more can be given back while the process lives
         module.to(device)
         objective.to(device)
         with rank.process_group(

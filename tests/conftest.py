@@ -15,14 +15,6 @@ os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests (`make test`): one those that start a Spark session, one all others."""
-    for item in items:
-        with_spark = {"spark", "cluster"} & {mark.name for mark in item.iter_markers()}
-        item.add_marker(pytest.mark.xdist_group("with Spark" if with_spark else "without"))
-
-
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """One classic session with four slots. Its Python workers have torch when they start, and live on."""
