@@ -149,7 +149,7 @@ class Monitor:
         end = time.monotonic() + _LAST_WORDS_SECONDS
         with self._changed:
             if self._first_hang is not None:
-                end = max(end, self._first_hang + _REPORTS_SECONDS)
+                end = self._first_hang + _REPORTS_SECONDS
             self._changed.wait_for(self._is_settled, max(0.0, end - time.monotonic()))
 
     def _is_settled(self) -> bool:
