@@ -75,7 +75,7 @@ def poll_event_files(
     on_event: Callable[[Event], None],
     is_silent: Callable[[int], bool],
 ) -> Iterator[None]:
-    """Call ``on_event`` for what ranks write while the block runs, from one thread; nothing is deleted.
+    """Call ``on_event`` for what ranks write while the block runs, from one thread; remove what was read.
 
     Args:
         directory: URL of the run's directory.
@@ -99,6 +99,7 @@ def poll_event_files(
     finally:
         closing.set()
         thread.join()
+        poller.remove()
 
 
 class _Poller:
@@ -120,6 +121,13 @@ class _Poller:
             if not self._complained:
                 logger.warning("events of ranks cannot be read from %s: %s", self._directory, error)
             self._complained = True
+
+    def remove(self) -> None:
+        """Remove the events, if there were any."""
+        if any(self._next):
+            with contextlib.suppress(OSError, ArrowException, ConfigError):
+                system, root = self._systems.open(self._directory)
+                system.delete_dir(f"{root}/events")
 
     def _read_next(self, ranks: Sequence[int]) -> list[int]:
         """Read one file of every rank; returns the ranks that had one."""

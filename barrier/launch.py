@@ -28,7 +28,7 @@ from sparkdl.barrier.findings import Request
 from sparkdl.barrier.monitor import FAILURE_NOTE, Monitor
 from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.rendezvous import error_of
-from sparkdl.barrier.resources import find_slots, is_local, profile_for
+from sparkdl.barrier.resources import find_slots, is_classic, is_local, profile_for
 from sparkdl.config import Timeouts
 from sparkdl.errors import ConfigError, Failure
 
@@ -227,14 +227,14 @@ def _add_tag(spark: "SparkSession", tag: str) -> None:
     On classic Spark the context does it: once the session's own addTag was called, the session no longer serialises,
     and with it no MLlib model that holds a training summary.
     """
-    if hasattr(spark, "_jsparkSession"):
+    if is_classic(spark):
         spark.sparkContext.addJobTag(tag)
     else:
         spark.addTag(tag)
 
 
 def _interrupt(spark: "SparkSession", tag: str) -> None:
-    if hasattr(spark, "_jsparkSession"):
+    if is_classic(spark):
         spark.sparkContext.cancelJobsWithTag(tag)
     else:
         spark.interruptTag(tag)
@@ -335,6 +335,6 @@ def _driver_host(spark: "SparkSession") -> str:
     """The driver's own address, as the executors know it."""
     if is_local(spark):
         return "127.0.0.1"
-    if hasattr(spark, "_jsparkSession"):
+    if is_classic(spark):
         return spark.conf.get("spark.driver.host") or "127.0.0.1"
     return local_address(spark.client.host)

@@ -35,18 +35,13 @@ from sparkdl.barrier.rules import (
     python_advice,
 )
 from sparkdl.errors import ConfigError
-from sparkdl.storage import default_file_system, qualify
+from sparkdl.storage import qualify
 
 if TYPE_CHECKING:
     from pyspark.resource import ResourceProfile
     from pyspark.sql import SparkSession
 
-__all__ = [
-    "Finding",
-    "Report",
-    "Request",
-    "preflight",
-]
+__all__ = ["preflight"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +83,7 @@ def preflight(
             logger.info("All %d slots are busy: the preflight waits for one.", slots)
     executors: tuple[ExecutorFacts, ...] = ()
     if slots != 0:
-        request, refused = _qualified(spark, request)
+        request, refused = _qualified(request)
         findings += refused
         alone = local and is_classic(spark)
         executors, failed = _ask_local(spark, request) if alone else _ask(spark, request, tasks=slots or fewest)
@@ -113,14 +108,16 @@ def preflight(
     return report
 
 
-def _qualified(spark: "SparkSession", request: Request) -> tuple[Request, list[Finding]]:
-    """The request with full URLs; a directory that has none is left out, with a finding that says why."""
-    default = default_file_system(spark)
+def _qualified(request: Request) -> tuple[Request, list[Finding]]:
+    """The request with full URLs; a directory that has none is left out, with a finding that says why.
+
+    Ranks take a path without a scheme for a local one, whatever Spark's default file system is: so does the probe.
+    """
     urls: dict[str, str] = {}
     refused = []
     for setting, url in request.directories.items():
         try:
-            urls[setting] = qualify(url, default)
+            urls[setting] = qualify(url, "file:///")
         except ConfigError as error:
             refused.append(Finding(setting, "error", str(error).rstrip(".")))
     return replace(request, staging_dir=urls.get("stagingDir"), checkpoint_dir=urls.get("checkpointDir")), refused

@@ -139,10 +139,10 @@ def default_file_system(spark: "SparkSession") -> str:
     ``spark.hadoop.fs.defaultFS`` where the server has it, else ``file:///``.
     """
     found: str | None
-    if type(spark).__module__.startswith("pyspark.sql.connect"):
-        found = spark.conf.get("spark.hadoop.fs.defaultFS", None)
-    else:
+    if hasattr(spark, "_jsparkSession"):
         found = spark.sparkContext._jsc.hadoopConfiguration().get("fs.defaultFS")
+    else:
+        found = spark.conf.get("spark.hadoop.fs.defaultFS", None)
     return found or "file:///"
 
 

@@ -52,7 +52,6 @@ class RankResult:
         cache: Where decoded rows were kept, in words.
         vocabularies: Words that were learnt, by column.
         moments: Mean and scale of the inputs that were standardised, by field.
-        resumed: Optimizer steps that were done before this attempt began.
     """
 
     history: History
@@ -67,7 +66,6 @@ class RankResult:
     cache: str
     vocabularies: dict[str, list[str]]
     moments: dict[str, list[list[float]]]
-    resumed: int
 
     def to_chunks(self) -> Iterator[bytes]:
         """The result in pieces that a Spark row carries easily."""
@@ -156,9 +154,7 @@ def run_rank(
         torch.set_num_threads(threads)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            stack.callback(
-                torch.cuda.empty_cache
-            )  # of a CUDA context no more can be given back while the process lives
+            stack.callback(torch.cuda.empty_cache)  # more of a CUDA context lives as long as the process
         module.to(device)
         objective.to(device)
         with rank.process_group(
@@ -186,10 +182,8 @@ def run_rank(
                 if store is not None and name is not None:
                     clock.at("checkpoint", 0)
                     trainer.load_state_dict(data, store.load(name))
-                epoch, step = data.position
-                resumed = epoch * data.plan.num_steps + step
                 if rank.world.rank == 0:
-                    _announce(spec, rank, device, threads, data, resumed)
+                    _announce(spec, rank, device, threads, data)
                 history = trainer.fit(data)
             strategy.close()
         result = RankResult(
@@ -205,7 +199,6 @@ def run_rank(
             cache=data.cache.plan.reason,
             vocabularies=learnt.vocabularies,
             moments=learnt.moments,
-            resumed=resumed,
         )
         yield from result.to_chunks()
 
@@ -379,10 +372,9 @@ def _open_saver(store: CheckpointStore | None, spec: RunSpec, steps_per_epoch: i
         yield saver
 
 
-def _announce(
-    spec: RunSpec, rank: RankContext, device: torch.device, threads: int, data: RankData, resumed: int
-) -> None:
+def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: int, data: RankData) -> None:
     """Tell the driver what was chosen."""
+    epoch, step = data.position
     rank.channel.send(
         "plan",
         epochs=spec.config.max_epochs,
@@ -394,7 +386,7 @@ def _announce(
         world_size=rank.world.world_size,
         device=str(device),
         threads=threads,
-        resumed=resumed,
+        resumed=epoch * data.plan.num_steps + step,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sparkdl.barrier.watchdog import ProgressClock
 from sparkdl.batch import Batch
 from sparkdl.checkpoint import Saver
 from sparkdl.config import TrainConfig, config_values
@@ -21,7 +22,7 @@ from sparkdl.io.plan import ShardPlan, plan_deal
 from sparkdl.objective import Objective
 from sparkdl.parallel import Strategy
 
-__all__ = ["Clock", "EpochData", "Trainer"]
+__all__ = ["EpochData", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,19 +71,6 @@ class EpochData(Protocol):
         ...
 
 
-class Clock(Protocol):
-    """Told where the loop is; `sparkdl.barrier.watchdog.ProgressClock` is one."""
-
-    def at(self, phase: str, step: int) -> None:
-        """The loop is in this phase, after this many optimizer steps."""
-        ...
-
-
-class _NoClock:
-    def at(self, phase: str, step: int) -> None:
-        """Nobody asks."""
-
-
 class Trainer:
     """Trains a prepared `Strategy` on the batches of this rank.
 
@@ -106,7 +94,7 @@ class Trainer:
         device: torch.device,
         has_validation: bool = False,
         report: Report = lambda event: None,
-        clock: Clock | None = None,
+        clock: ProgressClock | None = None,
         saver: Saver | None = None,
     ) -> None:
         self._strategy = strategy
@@ -115,7 +103,7 @@ class Trainer:
         self._device = device
         self._has_validation = has_validation
         self._report = report
-        self._clock = clock or _NoClock()
+        self._clock = clock or ProgressClock()
         self._saver = saver
         self._done = 0  # optimizer steps
         self._history: History = []

@@ -94,8 +94,8 @@ class Saver:
 
     def take_stalled_seconds(self) -> float:
         """Seconds for which saving has held up this rank since this was asked last."""
-        stalled, self._stalled = self._stalled, 0.0
-        return stalled
+        told, self._stalled = self._stalled, self._writer.stalled_seconds
+        return self._stalled - told
 
     def ask(self, step: int) -> None:
         """Ask the other ranks whether all save after this step.
@@ -137,7 +137,6 @@ class Saver:
             self._due, self._saved = False, began
             if stop:
                 saved *= self._wait()
-        self._stalled += time.monotonic() - began
         if stop:
             dist.all_reduce(saved, group=self._group)  # none may end the run before its state is on storage
             outcome = "was saved" if saved else "could not be saved"

@@ -23,7 +23,8 @@ SCRIPT = """
 import dataclasses, json, sys, time
 import pyarrow as pa
 from pyspark.sql import SparkSession, functions as F
-from sparkdl.barrier.preflight import Request, preflight
+from sparkdl.barrier.findings import Request
+from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.resources import await_slots, build_profile, find_executors, find_slots
 
 master, apart, shared = sys.argv[1:]

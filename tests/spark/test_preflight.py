@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from pyspark.sql import SparkSession
 
-from sparkdl.barrier.preflight import Request, preflight
+from sparkdl.barrier.findings import Request
+from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.resources import build_profile, find_executors
 from sparkdl.cli import build_parser, main
 from sparkdl.errors import LaunchError, SlotsError

@@ -124,13 +124,14 @@ def test_a_directory_that_cannot_be_read_is_told_once(caplog: pytest.LogCaptureF
     assert len([record for record in caplog.records if "events of ranks cannot be read" in record.message]) == 1
 
 
-def test_nothing_is_deleted_and_every_file_stands_for_itself(folder: str) -> None:
+def test_every_file_stands_for_itself_and_is_removed_when_the_driver_ends(folder: str) -> None:
     with driver(folder) as heard, rank_at(None, folder, rank=0) as channel:
         channel.send("plan", steps=3)
         assert heard.get(timeout=PATIENCE)["steps"] == 3
-    (path,) = Path(folder).glob("events/*")
-    assert path.name == "1-0-0.jsonl"
-    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["plan", "end"]
+        (path,) = Path(folder).glob("events/*")
+        assert path.name == "1-0-0.jsonl"
+        assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["plan", "end"]
+    assert not Path(folder, "events").exists()
 
 
 # ---- logs ------------------------------------------------------------------------------------------------------------
