@@ -268,10 +268,12 @@ class LearningRates:
     def after_step(self, step: int) -> None:
         """Let schedules of steps go on, once the warm-up is over; also after a step that changed no weights.
 
+        The first step after the warm-up is the first of the schedule.
+
         Args:
-            step: Optimizer steps before the one that was taken.
+            step: Optimizer steps so far, the one that was just taken included.
         """
-        if step < self._warmup_steps:
+        if step <= self._warmup_steps:
             return
         for schedule in self._schedules:
             if schedule.interval == "step" and not isinstance(schedule.scheduler, ReduceLROnPlateau):
