@@ -170,7 +170,7 @@ class SchedulerRecipe:
         per_group = [value for name, value in self.params.items() if name != "milestones"]
         groups = max([len(value) for value in per_group if isinstance(value, list | tuple)] or [1])
         weights = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(groups)]
-        self.build(torch.optim.SGD(weights, lr=0.1, momentum=0.9), Horizon(1000, 1000))
+        self._named(self.scheduler, torch.optim.SGD(weights, lr=0.1, momentum=0.9), Horizon(1000, 1000))
 
     def build(self, optimizer: Optimizer, horizon: Horizon) -> Schedule:
         """The scheduler of this optimizer.
@@ -303,7 +303,7 @@ class LearningRates:
                 _advance(schedule)
 
     def current(self, step: int) -> list[float]:
-        """The rates that a step uses, warm-up included: one per group, optimizer by optimizer.
+        """The rates that a step uses, warm-up included: one per group, optimizer by optimizer. Not inside of `warmed`.
 
         Args:
             step: Optimizer steps before this one.
