@@ -1,7 +1,7 @@
 """The one type that the reader hands to the training loop."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import dataclass
 
 import torch
 
@@ -37,17 +37,21 @@ class Batch:
             None if self.weight is None else self.weight.to(device, non_blocking=True),
         )
 
-    def split(self, rows: int | None) -> Iterator["Batch"]:
+    def split(self, rows: int | None) -> list["Batch"]:
         """Micro-batches of at most ``rows`` rows, in order and as even as can be; an empty batch stays one."""
-        if rows is None or self.rows <= rows:
-            yield self
-            return
-        pieces = -(-self.rows // rows)
-        for piece in range(pieces):
-            part = slice(piece * self.rows // pieces, (piece + 1) * self.rows // pieces)
-            yield replace(
-                self,
-                inputs=tuple(tensor[part] for tensor in self.inputs),
-                labels=tuple(tensor[part] for tensor in self.labels),
-                weight=None if self.weight is None else self.weight[part],
-            )
+        return self.cut(1 if rows is None else max(1, -(-self.rows // rows)))
+
+    def cut(self, pieces: int) -> list["Batch"]:
+        """The rows in ``pieces`` parts, in order and as even as can be; some are empty where there are fewer rows."""
+        if pieces == 1:
+            return [self]
+        bounds = [piece * self.rows // pieces for piece in range(pieces + 1)]
+        return [self.part(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Rows ``start`` to ``stop``."""
+        return Batch(
+            tuple(tensor[start:stop] for tensor in self.inputs),
+            tuple(tensor[start:stop] for tensor in self.labels),
+            None if self.weight is None else self.weight[start:stop],
+        )

@@ -7,18 +7,41 @@ from typing import get_args
 import torch
 from torch import nn
 
-from sparkdl.config import CacheTier, Device, Partitioning, Shuffle, TrainConfig
+from sparkdl.config import (
+    Averaging,
+    CacheTier,
+    Device,
+    Interval,
+    MonitorMode,
+    NonFinite,
+    Partitioning,
+    Precision,
+    RateScaling,
+    Shuffle,
+    TrainConfig,
+)
 from sparkdl.errors import ConfigError
 from sparkdl.io.plan import ShardPlan
+from sparkdl.optimization import Optimization
+from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.params import camel_case
+from sparkdl.preparation import freeze_parameters
+from sparkdl.schedule import SchedulerRecipe
+from sparkdl.trial import has_lazy_parts
 
-__all__ = ["build_module", "check_config", "floating_dtype"]
+__all__ = ["build_module", "check_config", "check_optimization", "floating_dtype"]
 
 _CHOICES = {
     "shuffle": get_args(Shuffle),
     "device": get_args(Device),
     "cache": get_args(CacheTier),
     "partitioning": (None, *get_args(Partitioning)),
+    "precision": get_args(Precision),
+    "scheduler_interval": get_args(Interval),
+    "learning_rate_scaling": get_args(RateScaling),
+    "averaging": get_args(Averaging),
+    "non_finite": get_args(NonFinite),
+    "monitor_mode": get_args(MonitorMode),
 }
 
 
@@ -42,6 +65,11 @@ def check_config(config: TrainConfig) -> None:
         "keep_checkpoints": 1,
         "max_restarts": 0,
         "min_workers": 1,
+        "warmup_steps": 0,
+        "base_batch_size": 1,
+        "averaging_start": 1,
+        "early_stopping_patience": 1,
+        "early_stopping_min_delta": 0,
     }
     for name, bound in least.items():
         value = getattr(config, name)
@@ -50,8 +78,9 @@ def check_config(config: TrainConfig) -> None:
     for name, known in _CHOICES.items():
         if getattr(config, name) not in known:
             names = ", ".join(choice for choice in known if choice is not None)
-            raise ConfigError(f"{name}={getattr(config, name)!r} is not known. Use one of {names}.")
-    for name in ("staging_dir", "checkpoint_dir"):
+            raise ConfigError(f"{camel_case(name)}={getattr(config, name)!r} is not known. Use one of {names}.")
+    _check_loop(config)
+    for name in ("staging_dir", "checkpoint_dir", "tracking_dir"):
         directory = getattr(config, name)
         if directory is not None and not directory.startswith("/") and ":" not in directory:
             raise ConfigError(
@@ -96,6 +125,46 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.partitioning == "key" and config.partition_key_col is None:
         raise ConfigError("partitioning='key' needs partitionKeyCol, the column whose equal values stay together.")
+
+
+def _check_loop(config: TrainConfig) -> None:
+    """The settings of the training loop."""
+    for name in ("gradient_clip_norm", "gradient_clip_value"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{camel_case(name)}={value:g} leaves no gradient. Use a number above 0.")
+    if not 0 <= config.averaging_decay < 1:
+        raise ConfigError(
+            f"averagingDecay={config.averaging_decay:g} is not the part of an average that is kept. Use a number from "
+            "0 on and below 1, such as 0.999."
+        )
+    if config.averaging == "none" and config.averaging_start != 1:
+        raise ConfigError(
+            f"averagingStart={config.averaging_start} is set, but nothing is averaged. Set averaging='ema' or 'swa'."
+        )
+    if config.averaging != "none" and config.averaging_start > config.max_epochs:
+        raise ConfigError(
+            f"averagingStart={config.averaging_start} is after the last epoch (maxEpochs={config.max_epochs}): nothing "
+            "would be averaged. Start earlier."
+        )
+
+
+def check_optimization(
+    module: nn.Module, optimizer: OptimizerRecipe, scheduler: SchedulerRecipe | None, config: TrainConfig
+) -> None:
+    """Make the optimizers and schedules once, and throw them away.
+
+    Raises:
+        ConfigError: They do not suit the module, or each other.
+    """
+    if has_lazy_parts(module):
+        return
+    frozen = freeze_parameters(module, config.frozen_parameters)
+    try:
+        Optimization(module, optimizer, scheduler, config, steps_per_epoch=1)
+    finally:
+        for value in frozen:
+            value.requires_grad_(True)
 
 
 def build_module(module: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:

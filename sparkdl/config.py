@@ -9,13 +9,19 @@ from datetime import timedelta
 from typing import Any, Literal
 
 __all__ = [
+    "Averaging",
     "CacheTier",
     "Column",
     "Columns",
     "Device",
+    "Interval",
+    "MonitorMode",
+    "NonFinite",
     "Nulls",
     "Padding",
     "Partitioning",
+    "Precision",
+    "RateScaling",
     "RunSpec",
     "Shuffle",
     "Timeouts",
@@ -28,6 +34,12 @@ Shuffle = Literal["window", "full", "none"]
 CacheTier = Literal["auto", "none", "memory", "disk", "device"]
 Partitioning = Literal["sample", "batch", "random", "key"]
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["32", "bf16", "16"]
+RateScaling = Literal["none", "linear", "sqrt"]
+Interval = Literal["step", "epoch"]
+Averaging = Literal["none", "ema", "swa"]
+NonFinite = Literal["stop", "skip"]
+MonitorMode = Literal["auto", "min", "max"]
 Validity = Literal["finite", "class", "weight", "any"]
 Nulls = Literal["error", "drop"] | float
 
@@ -125,7 +137,61 @@ class TrainConfig:
 
     micro_batch_size: int | None = None
     """Rows that one forward sees at most. A rank's share of the batch is cut into such pieces and their gradients
-    are accumulated; the result is that of the whole share. None: one piece."""
+    are accumulated, and synchronised once; the result is that of the whole share. None: one piece. A rank on a GPU that
+    runs out of memory in its first steps halves its own pieces until they fit."""
+
+    precision: Precision = "32"
+    """'32' computes in the module's own type. 'bf16' and '16' run forward and loss in mixed precision (torch.autocast);
+    weights, gradients and what the optimizer keeps stay as they are. '16' scales the loss, so that small gradients
+    survive, and leaves out the steps whose gradients overflow."""
+
+    gradient_clip_norm: float | None = None
+    """Norm that the gradient of the global batch, over all parameters, is scaled down to where it is larger."""
+
+    gradient_clip_value: float | None = None
+    """Size that every single component of the gradient of the global batch is cut to."""
+
+    scheduler_interval: Interval = "epoch"
+    """After what a scheduler steps: every optimizer step ('step'), or every epoch ('epoch'), as in torch's examples.
+    One that looks at a metric steps after epochs."""
+
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly to its value. A scheduler of steps waits for their
+    end."""
+
+    learning_rate_scaling: RateScaling = "none"
+    """How learningRate, found with batches of baseBatchSize rows, is brought to batchSize: times the ratio of the two
+    ('linear'), times its square root ('sqrt'), or not at all ('none'). The number of ranks has no part in it."""
+
+    base_batch_size: int = 256
+    """The batchSize for which learningRate was chosen; for learningRateScaling."""
+
+    averaging: Averaging = "none"
+    """'ema' keeps an exponential moving average of the weights, 'swa' the mean of the weights after every epoch from
+    averagingStart on, 'none' neither. Validation and the fitted model use the average."""
+
+    averaging_decay: float = 0.999
+    """Part of the moving average that one optimizer step keeps, for averaging='ema'."""
+
+    averaging_start: int = 1
+    """The first epoch whose weights are averaged, counted from 1."""
+
+    frozen_parameters: tuple[str, ...] = ()
+    """Parameters that are not trained: regular expressions, searched for in the parameters' names."""
+
+    activation_checkpointing: tuple[str, ...] = ()
+    """Submodules that keep no activations for the backward pass, but compute them again there: regular expressions that
+    match their whole names. Saves memory, costs one more forward of them."""
+
+    sync_batch_norm: bool = False
+    """Let BatchNorm layers take their statistics over the rows of all ranks."""
+
+    torch_compile: bool = False
+    """Compile the module with torch.compile. Where that fails, the rank warns and goes on without."""
+
+    non_finite: NonFinite = "stop"
+    """What becomes of a step whose loss or gradient is not finite: 'stop' ends the fit and names the step and the rows,
+    'skip' leaves the weights as they are and counts it in the history."""
 
     shuffle: Shuffle = "window"
     """'window' re-draws the order of row groups, and of the rows within a window of them, every epoch from (seed,
@@ -182,6 +248,31 @@ class TrainConfig:
     staging_dir: str | None = None
     """Absolute path or URL of a directory that all executors reach. The rows are written there to Parquet once and read
     by every rank; what was written is removed after the fit. None: every rank spools its own rows to its local disk."""
+
+    validation_fraction: float | None = None
+    """Part of the rows that is held out for validation, between 0 and 1. A row is drawn by a hash of the seed and its
+    values, so that equal rows are on one side, whatever the partitions."""
+
+    monitor: str | None = None
+    """The entry of the history that early stopping, restoreBest and a scheduler of a metric look at. None:
+    'validation_loss' where there are validation rows, else 'loss'."""
+
+    monitor_mode: MonitorMode = "auto"
+    """Whether 'monitor' is better when it is smaller ('min') or larger ('max'). 'auto': smaller for losses and errors,
+    larger for everything else."""
+
+    early_stopping_patience: int | None = None
+    """Epochs without a better value of 'monitor' after which the fit ends. None: all epochs are run."""
+
+    early_stopping_min_delta: float = 0.0
+    """By how much a value of 'monitor' has to be better to count."""
+
+    restore_best: bool = False
+    """Return the weights of the epoch with the best value of 'monitor', instead of the last ones."""
+
+    tracking_dir: str | None = None
+    """Absolute path or URL of a directory for the events of fits, one JSON object per line in <run>.jsonl. None: in the
+    run's directory in checkpointDir, else in a file on the driver that is removed when its process ends."""
 
     verbose: bool = True
     """Show a progress bar on the driver."""

@@ -8,6 +8,7 @@
     │   └── ExecutorPythonError              the executors' Python is not the driver's
     ├── PersistenceError     (ValueError)    a model cannot be written, or a file is not trusted
     ├── CheckpointError      (RuntimeError)  a checkpoint cannot be written, or none can be read
+    ├── CallbackError        (RuntimeError)  a callback of the user's raised
     └── TrainingFailedError  (RuntimeError)  a rank failed; ``failures`` holds every rank's own account
 
 Messages say what was asked, what was found and what to do, in that order.
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = [
+    "CallbackError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -60,6 +62,10 @@ class PersistenceError(SparkdlError, ValueError):
 
 class CheckpointError(SparkdlError, RuntimeError):
     """A checkpoint that cannot be written, or cannot be read although it is needed."""
+
+
+class CallbackError(SparkdlError, RuntimeError):
+    """A callback of the user's that raised; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)

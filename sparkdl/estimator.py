@@ -37,7 +37,7 @@ class TorchClassifier(TorchTrainer[TorchClassificationModel], ClassifierColumns)
     """
 
     _model_class = TorchClassificationModel
-    _binary = True
+    _kind = "class"
 
     @keyword_only
     def __init__(
@@ -48,9 +48,31 @@ class TorchClassifier(TorchTrainer[TorchClassificationModel], ClassifierColumns)
         optimizer: Any = "adamw",
         optimizerParams: Mapping[str, Any] | None = None,
         learningRate: float | None = None,
+        learningRateScaling: str = "none",
+        baseBatchSize: int = 256,
+        weightDecay: float | None = None,
+        parameterGroups: Mapping[str, Mapping[str, Any]] | None = None,
+        configure: Callable[[nn.Module], Any] | None = None,
+        scheduler: str | Callable[..., Any] | None = None,
+        schedulerParams: Mapping[str, Any] | None = None,
+        schedulerInterval: str = "epoch",
+        warmupSteps: int = 0,
+        trainingStep: Callable[..., Any] | None = None,
+        predictionStep: Callable[..., Any] | None = None,
         maxEpochs: int = 10,
         batchSize: int = 256,
         microBatchSize: int | None = None,
+        precision: str = "32",
+        gradientClipNorm: float | None = None,
+        gradientClipValue: float | None = None,
+        averaging: str = "none",
+        averagingDecay: float = 0.999,
+        averagingStart: int = 1,
+        frozenParameters: Sequence[str] = (),
+        activationCheckpointing: Sequence[str] = (),
+        syncBatchNorm: bool = False,
+        torchCompile: bool = False,
+        nonFinite: str = "stop",
         shuffle: str = "window",
         seed: int = 0,
         partitioning: str | None = None,
@@ -71,6 +93,17 @@ class TorchClassifier(TorchTrainer[TorchClassificationModel], ClassifierColumns)
         labelCol: str = "label",
         weightCol: str | None = None,
         validationIndicatorCol: str | None = None,
+        validationFraction: float | None = None,
+        validationDataset: Any = None,
+        metrics: Any = None,
+        monitor: str | None = None,
+        monitorMode: str = "auto",
+        earlyStoppingPatience: int | None = None,
+        earlyStoppingMinDelta: float = 0.0,
+        restoreBest: bool = False,
+        callbacks: Sequence[Any] | None = None,
+        trackers: Sequence[Any] | None = None,
+        trackingDir: str | None = None,
         predictionCol: str = "prediction",
         probabilityCol: str = "probability",
         rawPredictionCol: str = "rawPrediction",
@@ -109,7 +142,7 @@ class TorchClassifier(TorchTrainer[TorchClassificationModel], ClassifierColumns)
         return [name for name in names if name]
 
     def _label_columns(
-        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any], rules: ColumnRules
+        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any] | None, rules: ColumnRules
     ) -> list[Column]:
         name = self.getLabelCol()
         return [
@@ -128,6 +161,7 @@ class TorchRegressor(TorchTrainer[TorchRegressionModel], RegressorColumns):
     """
 
     _model_class = TorchRegressionModel
+    _kind = "number"
 
     @keyword_only
     def __init__(
@@ -138,9 +172,31 @@ class TorchRegressor(TorchTrainer[TorchRegressionModel], RegressorColumns):
         optimizer: Any = "adamw",
         optimizerParams: Mapping[str, Any] | None = None,
         learningRate: float | None = None,
+        learningRateScaling: str = "none",
+        baseBatchSize: int = 256,
+        weightDecay: float | None = None,
+        parameterGroups: Mapping[str, Mapping[str, Any]] | None = None,
+        configure: Callable[[nn.Module], Any] | None = None,
+        scheduler: str | Callable[..., Any] | None = None,
+        schedulerParams: Mapping[str, Any] | None = None,
+        schedulerInterval: str = "epoch",
+        warmupSteps: int = 0,
+        trainingStep: Callable[..., Any] | None = None,
+        predictionStep: Callable[..., Any] | None = None,
         maxEpochs: int = 10,
         batchSize: int = 256,
         microBatchSize: int | None = None,
+        precision: str = "32",
+        gradientClipNorm: float | None = None,
+        gradientClipValue: float | None = None,
+        averaging: str = "none",
+        averagingDecay: float = 0.999,
+        averagingStart: int = 1,
+        frozenParameters: Sequence[str] = (),
+        activationCheckpointing: Sequence[str] = (),
+        syncBatchNorm: bool = False,
+        torchCompile: bool = False,
+        nonFinite: str = "stop",
         shuffle: str = "window",
         seed: int = 0,
         partitioning: str | None = None,
@@ -161,6 +217,17 @@ class TorchRegressor(TorchTrainer[TorchRegressionModel], RegressorColumns):
         labelCol: str = "label",
         weightCol: str | None = None,
         validationIndicatorCol: str | None = None,
+        validationFraction: float | None = None,
+        validationDataset: Any = None,
+        metrics: Any = None,
+        monitor: str | None = None,
+        monitorMode: str = "auto",
+        earlyStoppingPatience: int | None = None,
+        earlyStoppingMinDelta: float = 0.0,
+        restoreBest: bool = False,
+        callbacks: Sequence[Any] | None = None,
+        trackers: Sequence[Any] | None = None,
+        trackingDir: str | None = None,
         predictionCol: str = "prediction",
         numTrainWorkers: int = 1,
         numShards: int | None = None,
@@ -184,7 +251,7 @@ class TorchRegressor(TorchTrainer[TorchRegressionModel], RegressorColumns):
         return [self.getPredictionCol()] if self.getPredictionCol() else []
 
     def _label_columns(
-        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any], rules: ColumnRules
+        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any] | None, rules: ColumnRules
     ) -> list[Column]:
         name = self.getLabelCol()
         # Counts and ages are regressed on as numbers: an integer column is floating here.
@@ -222,9 +289,31 @@ class TorchEstimator(TorchTrainer[TorchModel], EstimatorColumns):
         optimizer: Any = "adamw",
         optimizerParams: Mapping[str, Any] | None = None,
         learningRate: float | None = None,
+        learningRateScaling: str = "none",
+        baseBatchSize: int = 256,
+        weightDecay: float | None = None,
+        parameterGroups: Mapping[str, Mapping[str, Any]] | None = None,
+        configure: Callable[[nn.Module], Any] | None = None,
+        scheduler: str | Callable[..., Any] | None = None,
+        schedulerParams: Mapping[str, Any] | None = None,
+        schedulerInterval: str = "epoch",
+        warmupSteps: int = 0,
+        trainingStep: Callable[..., Any] | None = None,
+        predictionStep: Callable[..., Any] | None = None,
         maxEpochs: int = 10,
         batchSize: int = 256,
         microBatchSize: int | None = None,
+        precision: str = "32",
+        gradientClipNorm: float | None = None,
+        gradientClipValue: float | None = None,
+        averaging: str = "none",
+        averagingDecay: float = 0.999,
+        averagingStart: int = 1,
+        frozenParameters: Sequence[str] = (),
+        activationCheckpointing: Sequence[str] = (),
+        syncBatchNorm: bool = False,
+        torchCompile: bool = False,
+        nonFinite: str = "stop",
         shuffle: str = "window",
         seed: int = 0,
         partitioning: str | None = None,
@@ -246,6 +335,17 @@ class TorchEstimator(TorchTrainer[TorchModel], EstimatorColumns):
         labelCols: Sequence[str] | None = None,
         weightCol: str | None = None,
         validationIndicatorCol: str | None = None,
+        validationFraction: float | None = None,
+        validationDataset: Any = None,
+        metrics: Any = None,
+        monitor: str | None = None,
+        monitorMode: str = "auto",
+        earlyStoppingPatience: int | None = None,
+        earlyStoppingMinDelta: float = 0.0,
+        restoreBest: bool = False,
+        callbacks: Sequence[Any] | None = None,
+        trackers: Sequence[Any] | None = None,
+        trackingDir: str | None = None,
         outputCol: str = "output",
         outputCols: Sequence[str] | None = None,
         numTrainWorkers: int = 1,
@@ -275,9 +375,11 @@ class TorchEstimator(TorchTrainer[TorchModel], EstimatorColumns):
         return [name for name in (several or [self.getOutputCol()]) if name]
 
     def _label_columns(
-        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any], rules: ColumnRules
+        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any] | None, rules: ColumnRules
     ) -> list[Column]:
         several = self._value("labelCols")
+        if several == [] and loss is not None:
+            raise ConfigError("labelCols is empty, but the loss compares with labels. Name them, or use trainingStep.")
         if several is not None and self.isSet("labelCol"):
             raise ConfigError(
                 f"labelCol={self.getLabelCol()!r} and labelCols={several!r} are both set. Set one: labelCols for a "

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,24 +16,33 @@ from pyspark.ml import Estimator
 from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
-from torch import nn
 
 from sparkdl.barrier.findings import Request
 from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
 from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.resources import find_settings, find_slots, profile_for
 from sparkdl.barrier.supervise import Restart, RestartPolicy, supervise
-from sparkdl.checks import build_module, check_config, floating_dtype
+from sparkdl.callbacks import check_callbacks
+from sparkdl.checks import build_module, check_config, check_optimization, floating_dtype
 from sparkdl.config import Column, Columns, RunSpec, TrainConfig
 from sparkdl.errors import ConfigError, DataError
+from sparkdl.history import History
 from sparkdl.io.dataset import DiscoveredDataset, ParquetDataset, discover
 from sparkdl.io.deal import check_partitioning, deal_rows
-from sparkdl.io.decode import Transform, draws_random_numbers
-from sparkdl.io.in_place import InPlace, in_place
-from sparkdl.io.inspection import inspect_dataset
+from sparkdl.io.decode import draws_random_numbers
+from sparkdl.io.in_place import InPlace
 from sparkdl.io.resolve import TypedColumns
 from sparkdl.io.schema import ColumnRules, check_rules, resolve_column
 from sparkdl.io.stage import StagedDataset, remove_staged, stage_dataset
+from sparkdl.io.validation import (
+    NoValidationRows,
+    check_ways,
+    hold_out,
+    needs_validation,
+    open_in_place,
+    with_validation,
+)
+from sparkdl.metrics import Kind, check_metrics
 from sparkdl.model import (
     Fitted,
     TorchClassificationModel,
@@ -43,7 +53,7 @@ from sparkdl.model import (
     copy_params,
     fitted_copy,
 )
-from sparkdl.objective import Objective, build_loss
+from sparkdl.objective import Objective, TrainingStep, build_loss
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.params import (
     TrainParams,
@@ -51,9 +61,12 @@ from sparkdl.params import (
     rules_of_targets,
 )
 from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
+from sparkdl.preparation import check_preparation
 from sparkdl.progress import Progress
+from sparkdl.schedule import SchedulerRecipe
 from sparkdl.serialization import load_weights
-from sparkdl.task import RankResult, has_lazy_parts, materialise, run_rank
+from sparkdl.task import RankResult, Recipe, run_rank
+from sparkdl.trial import has_lazy_parts, materialise
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -63,6 +76,8 @@ if TYPE_CHECKING:
 __all__ = ["TorchTrainer"]
 
 logger = logging.getLogger(__name__)
+
+_CALLABLES = ("configure", "scheduler", "trainingStep", "predictionStep", "metrics", "callbacks", "trackers")
 
 M = TypeVar("M", TorchClassificationModel, TorchRegressionModel, TorchModel)
 
@@ -74,20 +89,16 @@ class Job:
     Attributes:
         rows: What to train on.
         columns: What to read of it.
-        module: A module of our own.
-        objective: The loss.
-        recipe: The optimizer.
-        transform: The user's function on columns.
+        recipe: What the ranks train, and how.
         assemble: Parts of assembled columns.
+        validation: Validation rows that are not among ``rows``.
     """
 
     rows: "Rows"
     columns: Columns
-    module: nn.Module
-    objective: Objective
-    recipe: OptimizerRecipe
-    transform: Transform | None
+    recipe: Recipe
     assemble: Mapping[str, tuple[str, ...]]
+    validation: "Rows | None" = None
 
 
 class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any], Generic[M]):
@@ -95,7 +106,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
 
     _model_class: ClassVar[type[Any]]
     _input_kwargs: dict[str, Any]  # set by keyword_only
-    _binary: ClassVar[bool] = False
+    _kind: ClassVar[Kind] = "any"
 
     def fit(self, dataset: "DataFrame | ParquetDataset", params: Any = None) -> Any:
         """Train.
@@ -114,14 +125,21 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
 
     def _fit(self, dataset: "DataFrame | ParquetDataset") -> M:
         started = time.perf_counter()
-        config = self._checked_config()
+        config, second = self._checked_config(), self._value("validationDataset")
+        check_ways(
+            dataset,
+            indicator=self._value("validationIndicatorCol"),
+            fraction=config.validation_fraction,
+            second=second,
+        )
         if isinstance(dataset, ParquetDataset):
             spark = _active_session()
-            job = self._checked(discover(spark, dataset), config)
+            found = discover(spark, dataset)
+            job = self._checked(found, config, None if second is None else discover(spark, second))
         else:
             spark = dataset.sparkSession
-            job = self._checked(dataset, config)
-        payload = dumps((job.module, job.objective, job.recipe, job.transform), "module, loss, optimizer and transform")
+            job = self._checked(dataset, config, second)
+        payload = dumps(job.recipe, "module, loss, optimizer, transform and what else the ranks call")
         profile = profile_for(spark, config.device)
         report = preflight(spark, _request(config), profile=profile)
         report.raise_errors()
@@ -144,7 +162,12 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         )
         restarts: list[Restart] = []
         with contextlib.ExitStack() as stack:
-            rows = self._open_rows(stack, job.rows, spec, spark)
+            rows = self._open_rows(stack, job, spec, spark)
+            held_out = job.columns.validation is not None or job.validation is not None
+            needed_by = needs_validation(config, metrics=bool(self._value("metrics")))
+            missing = NoValidationRows(job.columns, config, needed_by)
+            if held_out and rows.staged is not None and not rows.staged.validation:
+                missing.check()
             progress = stack.enter_context(Progress(shown=config.verbose))
 
             def run(attempt: int, ranks: int) -> list[list[bytes]]:
@@ -169,22 +192,23 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         if not all(chunks):  # Spark sees that a plan has no rows, and starts no tasks for it
             raise DataError("The DataFrame has no rows to train on. Check the filters and joins before fit.")
         results = [RankResult.of_chunks(found) for found in chunks]
+        if held_out and "validation_loss" not in results[0].history[-1]:
+            logger.warning("%s", missing)
         return self._model(job, spec, rows.staged is not None, results, restarts, time.perf_counter() - started)
 
-    def _open_rows(self, stack: contextlib.ExitStack, rows: "Rows", spec: RunSpec, spark: SparkSession) -> "_OpenRows":
+    def _open_rows(self, stack: contextlib.ExitStack, job: Job, spec: RunSpec, spark: SparkSession) -> "_OpenRows":
         """The rows where ranks can read them, whatever the number of ranks; staged ones are removed at the end."""
-        config, directory = spec.config, spec.staging_url
+        rows, second, columns, directory = job.rows, job.validation, spec.columns, spec.staging_url
         if isinstance(rows, DiscoveredDataset):
-            return _OpenRows(spark, None, inspect_dataset(spark, rows, spec.columns), in_place(rows, spec.columns))
+            return _OpenRows(spark, None, *open_in_place(spark, rows, columns, second))
         if directory is None:
             return _OpenRows(spark, rows)
         stack.callback(remove_staged, rows, directory)
-        partitioning = config.partitioning or "batch"
-        return _OpenRows(
-            spark,
-            None,
-            stage_dataset(rows, spec.columns, directory, partitioning=partitioning, **_dealing(spec)),
-        )
+        partitioning = spec.config.partitioning or "batch"
+        staged = stage_dataset(rows, columns, directory, partitioning=partitioning, **_dealing(spec))
+        if second is not None:
+            staged = with_validation(staged, stage_dataset(second, columns, f"{directory}/second"), columns)
+        return _OpenRows(spark, None, staged)
 
     def _model(
         self,
@@ -195,22 +219,24 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         restarts: Sequence[Restart],
         seconds: float,
     ) -> M:
-        first, module = results[0], job.module
+        first, module, objective = results[0], job.recipe.module, job.recipe.objective
         if has_lazy_parts(module):
-            materialise(module, first.inputs)
+            materialise(module, objective, first.inputs)
         load_weights(module, first.weights)
         model = self._model_class()
         model._resetUid(self.uid)
         copy_params(self, model)
         if first.vocabularies:
             model._set(vocabularies={**(self._value("vocabularies") or {}), **first.vocabularies})
-        history = first.history
+        history = History(first.history)
         model._fitted = Fitted(
             module=fitted_copy(module),
             floating=floating_dtype(module),
             shapes=tuple(tuple(shape) for _, shape in first.inputs),
             outputs=first.outputs,
-            transform=job.transform,
+            transform=job.recipe.transform,
+            prediction_step=objective.prediction_step,
+            input_names=objective.input_names,
             assemble=job.assemble,
             moments=first.moments,
             history=history,
@@ -231,6 +257,14 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                 seconds=seconds,
                 restarts=tuple(f"{restart.reason} Started again with {restart.ranks} ranks." for restart in restarts),
                 checkpoints=spec.checkpoint_url,
+                bestEpoch=first.best_epoch,
+                timeSplit={
+                    name: sum(result.seconds[name] for result in results) / len(results) for name in first.seconds
+                },
+                rankSeconds=tuple(result.seconds["compute"] for result in results),
+                rankMemory=tuple(result.memory for result in results),
+                rankMicroBatchSize=tuple(result.micro_batch_size for result in results),
+                rowsPerSecond=_rows_per_second(history),
             ),
         )
         return model  # type: ignore[no-any-return]
@@ -246,7 +280,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         check_config(config)
         return config
 
-    def _checked(self, dataset: "Rows", config: TrainConfig) -> "Job":
+    def _checked(self, dataset: "Rows", config: TrainConfig, second: "Rows | None" = None) -> "Job":
         """Everything else that can be known to be wrong without a job.
 
         Raises:
@@ -254,13 +288,10 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         """
         if self._value("module") is None:
             raise ConfigError(f"{type(self).__name__} needs a module: an nn.Module, or a function that returns one.")
-        if self._value("loss") is None:
-            raise ConfigError(f"{type(self).__name__} needs a loss: a name, a torch loss module or a function.")
-        loss = build_loss(self._value("loss"))
-        self._check_loss(loss)
-        recipe = OptimizerRecipe(
-            self._value("optimizer"), self._value("learningRate"), self._value("optimizerParams") or {}
-        )
+        loss = self._checked_loss()
+        optimizer, scheduler = self._optimizer_recipe(), self._scheduler_recipe(config)
+        metrics, callbacks = self._value("metrics"), check_callbacks(self._value("callbacks"))
+        check_metrics(metrics, self._kind)
         transform = self._value("transform")
         if transform is not None and not callable(transform):
             raise ConfigError(f"transform={transform!r} is not a function. Give one from a dict of columns to a dict.")
@@ -270,6 +301,8 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                 "transform without a generator."
             )
         module = build_module(self._value("module"), config.seed)
+        check_preparation(module, config)
+        check_optimization(module, optimizer, scheduler, config)
         assemble = dataset.assemble if isinstance(dataset, DiscoveredDataset) else {}
         columns = self._columns(dataset, floating_dtype(module), loss, assemble)
         check_outputs(dataset, self._output_names())
@@ -279,15 +312,75 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                     f"partitioning={config.partitioning!r} moves rows, but Parquet read in place stays where it is. "
                     "Use partitioning='batch', or fit(spark.read.parquet(...)), which deals rows as asked."
                 )
-        elif config.balance_shards and config.staging_dir is None and config.checkpoint_dir is None:
+        elif config.balance_shards and _is_spooled(config):
             raise ConfigError(
                 "balanceShards=True needs rows that all ranks reach, but every rank spools its own. Set stagingDir or "
                 "checkpointDir, or fit a ParquetDataset."
             )
         if not isinstance(dataset, DiscoveredDataset) and config.partitioning is not None:
             check_partitioning(dataset, config.partitioning, config.partition_key_col)
-        objective = Objective(loss, binary=self._binary)
-        return Job(dataset, columns, module, objective, recipe, transform, assemble)
+        objective = self._objective(loss, columns, shows_output=self._kind != "any" or bool(metrics))
+        recipe = Recipe(module, objective, optimizer, scheduler, transform, metrics, self._kind, callbacks)
+        dataset, columns, second = hold_out(dataset, columns, config, second, spooled=_is_spooled(config))
+        return Job(dataset, columns, recipe, assemble, second)
+
+    def _checked_loss(self) -> Callable[..., Any] | None:
+        """The loss; None where a training step computes its own."""
+        step, name = self._value("trainingStep"), type(self).__name__
+        for param in ("trainingStep", "predictionStep"):
+            if self._value(param) is not None and not callable(self._value(param)):
+                raise ConfigError(f"{param}={self._value(param)!r} is not a function. Give one of (module, batch).")
+        if step is not None:
+            if self.isSet("loss") and self._value("loss") is not None:
+                raise ConfigError(
+                    f"loss={self._value('loss')!r} and trainingStep are both set. Set one: a trainingStep computes its "
+                    "own loss."
+                )
+            return None
+        if self._value("loss") is None:
+            raise ConfigError(
+                f"{name} needs a loss: a name, a torch loss module or a function; or a trainingStep, which computes "
+                "its own."
+            )
+        loss = build_loss(self._value("loss"))
+        self._check_loss(loss)
+        return loss
+
+    def _objective(self, loss: Callable[..., Any] | None, columns: Columns, *, shows_output: bool) -> Objective:
+        binary, step = self._kind == "class", self._value("predictionStep")
+        if loss is None:
+            return TrainingStep(
+                self._value("trainingStep"), columns, binary=binary, prediction_step=step, shows_output=shows_output
+            )
+        return Objective(
+            loss, binary=binary, prediction_step=step, input_names=[column.name for column in columns.inputs]
+        )
+
+    def _optimizer_recipe(self) -> OptimizerRecipe:
+        configure = self._value("configure")
+        if configure is not None and self.isSet("optimizer"):
+            raise ConfigError(
+                f"optimizer={self._value('optimizer')!r} and configure are both set. Set one: configure makes its own "
+                "optimizers."
+            )
+        return OptimizerRecipe(
+            self._value("optimizer"),
+            self._value("learningRate"),
+            self._value("optimizerParams") or {},
+            weight_decay=self._value("weightDecay"),
+            parameter_groups=self._value("parameterGroups") or {},
+            configure=configure,
+        )
+
+    def _scheduler_recipe(self, config: TrainConfig) -> SchedulerRecipe | None:
+        scheduler, params = self._value("scheduler"), self._value("schedulerParams") or {}
+        if scheduler is None:
+            if params:
+                raise ConfigError(f"schedulerParams={params!r} are set, but there is no scheduler. Name one.")
+            return None
+        if self._value("configure") is not None:
+            raise ConfigError("scheduler and configure are both set. Return the scheduler from configure as well.")
+        return SchedulerRecipe(scheduler, params, config.scheduler_interval)
 
     def _check_loss(self, loss: Callable[..., Any]) -> None:
         """Refuse losses that make no sense for this kind of estimator."""
@@ -298,12 +391,12 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
 
     @abstractmethod
     def _label_columns(
-        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any], rules: ColumnRules
+        self, dataset: TypedColumns, floating: str, loss: Callable[..., Any] | None, rules: ColumnRules
     ) -> list[Column]:
         """The labels, checked, in the order in which the loss gets them."""
 
     def _columns(
-        self, dataset: "Rows", floating: str, loss: Callable[..., Any], assemble: Mapping[str, tuple[str, ...]]
+        self, dataset: "Rows", floating: str, loss: Callable[..., Any] | None, assemble: Mapping[str, tuple[str, ...]]
     ) -> Columns:
         several = self._value("inputCols")
         if several is not None and self.isSet("featuresCol"):
@@ -346,11 +439,17 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         return ModuleReader(cls)
 
     def _saved_objects(self) -> dict[str, Any]:
-        saved = ("module", "loss", "optimizer", "transform")
+        saved = ("module", "loss", "optimizer", "transform", *_CALLABLES)
         return {name: self._value(name) for name in saved if self._value(name) is not None and self.isSet(name)}
 
     def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
         self._set(**objects)
+
+
+def _rows_per_second(history: History) -> float:
+    """Training rows by the time of their epochs."""
+    rows, seconds = (sum(float(record[name]) for record in history) for name in ("rows", "seconds"))
+    return rows / seconds if seconds else math.nan
 
 
 def _active_session() -> SparkSession:
@@ -386,6 +485,11 @@ class _OpenRows:
         partitioning = spec.config.partitioning or "sample"
         ranks = spec.config.num_train_workers
         return deal_rows(self.spooled, spec.columns, world_size=ranks, partitioning=partitioning, **_dealing(spec))
+
+
+def _is_spooled(config: TrainConfig) -> bool:
+    """True where each rank keeps rows of a DataFrame on its own disk."""
+    return config.staging_dir is None and config.checkpoint_dir is None
 
 
 def _request(config: TrainConfig) -> Request:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import torch
-from pyspark import cloudpickle
 from pyspark.ml import Model
 from pyspark.ml.linalg import DenseVector, Vector, VectorUDT
 from pyspark.ml.param import Params
@@ -21,9 +20,11 @@ from torch import nn
 
 from sparkdl.config import Column, Columns, Device
 from sparkdl.errors import ConfigError
+from sparkdl.history import History, decode_history, decode_json, encode_json
 from sparkdl.io.decode import Transform
 from sparkdl.io.resolve import TypedColumns
 from sparkdl.io.schema import resolve_column, select_expressions
+from sparkdl.objective import Step, call_module
 from sparkdl.params import (
     COLUMN_RULES,
     ClassifierColumns,
@@ -34,9 +35,20 @@ from sparkdl.params import (
     column_rules,
 )
 from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
-from sparkdl.predict import Kind, Outputs, Predictor, decide, is_one_logit, probabilities, raw_scores, standardised
+from sparkdl.predict import (
+    Kind,
+    Outputs,
+    Predictor,
+    decide,
+    is_one_logit,
+    pickled_for_transform,
+    probabilities,
+    raw_scores,
+    standardised,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pyspark.sql import DataFrame
 
 __all__ = [
@@ -73,6 +85,15 @@ class TrainingSummary:
         seconds: The whole fit.
         restarts: Why and with how many ranks the run was started again, in order.
         checkpoints: The directory of the run's checkpoints; None where it wrote none.
+        bestEpoch: The epoch with the best value of 'monitor', from 1; 0 where there was none.
+        timeSplit: Seconds that went into 'data' (waiting for rows), 'compute' (forward, backward, optimizer),
+            'synchronisation' (waiting for other ranks and exchanging gradients), 'validation' and 'checkpoint'; means
+            over the ranks, since the last restart.
+        rankSeconds: Seconds that each rank computed: one that needs longer holds up the others.
+        rankMemory: Most bytes that each rank used: of its GPU in the fit, else of its process.
+        rankMicroBatchSize: Rows of one forward at most, of each rank; fewer than microBatchSize where that did not fit.
+        rowsPerSecond: Training rows of all ranks by the seconds of their epochs.
+        events: Where the events of the fit were written, one JSON object per line.
     """
 
     objectiveHistory: tuple[float, ...]
@@ -91,6 +112,13 @@ class TrainingSummary:
     seconds: float
     restarts: tuple[str, ...] = ()
     checkpoints: str | None = None
+    bestEpoch: int = 0
+    timeSplit: Mapping[str, float] = field(default_factory=dict)
+    rankSeconds: tuple[float, ...] = ()
+    rankMemory: tuple[int, ...] = ()
+    rankMicroBatchSize: tuple[int | None, ...] = ()
+    rowsPerSecond: float = math.nan
+    events: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +131,8 @@ class Fitted:
         shapes: Shape of one row of each input, as the module takes it.
         outputs: Classes of a classifier, targets of a regressor.
         transform: The user's function on the input columns.
+        prediction_step: The user's way to get the output; None calls the module with the inputs in order.
+        input_names: Names of the inputs, for ``prediction_step``.
         assemble: Columns that were put together, for inputs that the DataFrame does not have.
         moments: Mean and scale of standardised inputs, by field.
         history: One record per epoch.
@@ -114,9 +144,11 @@ class Fitted:
     shapes: tuple[tuple[int, ...], ...]
     outputs: int
     transform: Transform | None = None
+    prediction_step: Step | None = None
+    input_names: tuple[str, ...] = ()
     assemble: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     moments: Mapping[str, list[list[float]]] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: History = field(default_factory=History)
     summary: TrainingSummary | None = None
 
 
@@ -134,9 +166,13 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
         return self._state.module
 
     @property
-    def history(self) -> list[dict[str, Any]]:
-        """One record per epoch: epoch, step, rows, loss, seconds, rows_per_second, data_wait, ..."""
+    def history(self) -> History:
+        """One record per epoch: epoch, step, rows, loss, seconds, rows_per_second, data_wait, ...; has `toPandas`."""
         return self._state.history
+
+    def plot_history(self, metrics: Sequence[str] | None = None) -> "Figure":
+        """Losses, metrics and the learning rate over the epochs, as a matplotlib Figure; see `History.plot`."""
+        return self.history.plot(metrics)
 
     @property
     def summary(self) -> TrainingSummary:
@@ -193,9 +229,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
         if not added:
             return dataset
         columns = self._resolve(dataset)
-        state = self._state
-        payload = cloudpickle.dumps((self.module, state.transform))
-        predictor = Predictor(payload, columns, outputs, state.moments, self._device())
+        predictor = self.predictor(columns, self._device())
         result = StructType([StructField(name, kind) for name, kind in zip(outputs.names, added.values(), strict=True)])
         predict = arrow_udf(_iterate(predictor), result)  # type: ignore[call-overload]
         given = F.struct(*select_expressions(Columns(columns, ())))
@@ -206,6 +240,12 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
             for name, column in zip(outputs.names, added, strict=True)
         ]
         return predicted.select("*", *chosen).drop(made)
+
+    def predictor(self, columns: tuple[Column, ...], device: Device) -> Predictor:
+        """What `transform` runs in Python workers, for these input columns."""
+        state = self._state
+        payload = pickled_for_transform(self.module, state.transform, state.prediction_step, state.input_names)
+        return Predictor(payload, columns, self._outputs()[0], state.moments, device)
 
     def _resolve(self, dataset: "DataFrame") -> tuple[Column, ...]:
         param = "inputCols" if len(self._input_names()) > 1 else "featuresCol"
@@ -233,7 +273,7 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
             tensors.append(tensor[None] if tensor.ndim or kind == torch.int64 else tensor[None, None])
         tensors = standardised(tensors, self._state.moments)
         with torch.inference_mode():
-            return self.module(*tensors)
+            return call_module(self.module, tensors, self._state.prediction_step, self._state.input_names)
 
     def _scores_of(self, value: Any) -> np.ndarray[Any, np.dtype[Any]]:
         """The module's one output for one row, as doubles."""
@@ -251,8 +291,9 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
         return ModuleReader(cls)
 
     def _saved_objects(self) -> dict[str, Any]:
-        transform = self._state.transform
-        return {"module": self.module, **({} if transform is None else {"transform": transform})}
+        state = self._state
+        calls = {"transform": state.transform, "predictionStep": state.prediction_step}
+        return {"module": self.module, **{role: call for role, call in calls.items() if call is not None}}
 
     def _saved_facts(self) -> dict[str, Any]:
         state = self._state
@@ -262,12 +303,13 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
             "outputs": state.outputs,
             "assemble": dict(state.assemble),
             "moments": dict(state.moments),
-            "history": state.history,
-            "summary": asdict(state.summary) if state.summary else None,
+            "input_names": state.input_names,
+            "history": encode_json(state.history),
+            "summary": encode_json(asdict(state.summary)) if state.summary else None,
         }
 
     def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
-        summary = facts["summary"]
+        summary = decode_json(facts["summary"])
         if summary is not None:
             summary = TrainingSummary(**{name: _tuples(value) for name, value in summary.items()})
         self._fitted = Fitted(
@@ -276,9 +318,11 @@ class _TorchModel(Model, InputColumns, Saved, MLWritable, MLReadable[Any]):
             shapes=tuple(tuple(shape) for shape in facts["shapes"]),
             outputs=facts["outputs"],
             transform=objects.get("transform"),
+            prediction_step=objects.get("predictionStep"),
+            input_names=tuple(facts.get("input_names", ())),
             assemble={name: tuple(parts) for name, parts in facts["assemble"].items()},
             moments=facts["moments"],
-            history=facts["history"],
+            history=decode_history(facts["history"]),
             summary=summary,
         )
 

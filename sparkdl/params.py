@@ -104,6 +104,8 @@ def _converter(annotation: Any) -> Callable[[Any], Any]:
     text = str(annotation)
     if annotation is Timeouts:
         return _timeouts
+    if "tuple" in text:
+        return TypeConverters.toListString
     for kind, converter in (
         ("bool", TypeConverters.toBoolean),
         ("int", TypeConverters.toInt),
@@ -244,8 +246,82 @@ class TrainParams(
     learningRate: "Param[float]" = Param(
         Params._dummy(),
         "learningRate",
-        "learning rate of an optimizer given by name; 0.001 if not set. It is not scaled by the number of ranks.",
+        "learning rate of an optimizer given by name; 0.001 if not set. The number of ranks does not change it; see "
+        "learningRateScaling.",
         TypeConverters.toFloat,
+    )
+    weightDecay: "Param[float]" = Param(
+        Params._dummy(),
+        "weightDecay",
+        "weight decay of an optimizer given by name, for weights of two and more dimensions alone: biases and the "
+        "parameters of normalisation layers are not decayed. For all of them: optimizerParams={'weight_decay': ...}.",
+        TypeConverters.toFloat,
+    )
+    parameterGroups: "Param[dict[str, Any]]" = Param(
+        Params._dummy(),
+        "parameterGroups",
+        "options of an optimizer given by name for some parameters: a dict from regular expression, searched for in "
+        "the parameters' names, to {'lr': ..., 'weight_decay': ...}. The first that is found counts.",
+        _dict,
+    )
+    configure: "Param[Any]" = Param(
+        Params._dummy(),
+        "configure",
+        "a function from the module to its optimizers and schedulers, instead of optimizer and scheduler: it returns "
+        "an optimizer, a list of them, or a pair of lists, (optimizers, schedulers).",
+        _identity,
+    )
+    scheduler: "Param[Any]" = Param(
+        Params._dummy(),
+        "scheduler",
+        "learning rate schedule: a class of torch.optim.lr_scheduler by name, in any case (CosineAnnealingLR, "
+        "ReduceLROnPlateau, ...), or a function from an optimizer to a scheduler. See schedulerInterval.",
+        _identity,
+    )
+    schedulerParams: "Param[dict[str, Any]]" = Param(
+        Params._dummy(),
+        "schedulerParams",
+        "arguments of a scheduler given by name, as a dict. Where its length (T_max, total_steps, total_iters) is left "
+        "out, it is that of the whole fit.",
+        _dict,
+    )
+    trainingStep: "Param[Any]" = Param(
+        Params._dummy(),
+        "trainingStep",
+        "a function of (module, batch) that returns the loss, instead of loss: the mean over the batch's rows, or one "
+        "value per row; or a dict of 'loss' and further numbers, whose means are added to the history. The batch is a "
+        "dict from column name to tensor.",
+        _identity,
+    )
+    predictionStep: "Param[Any]" = Param(
+        Params._dummy(),
+        "predictionStep",
+        "a function of (module, batch) that returns the output, for transform and metrics: the batch is a dict from "
+        "the names of the input columns to tensors. Not set: the module is called with them in order.",
+        _identity,
+    )
+    metrics: "Param[Any]" = Param(
+        Params._dummy(),
+        "metrics",
+        "metrics of the validation rows: a list of names (accuracy, f1, auroc, mae, ...) and torchmetrics objects, or "
+        "a dict from the name in the history, after 'validation_', to one of them.",
+        _identity,
+    )
+    callbacks: "Param[Any]" = Param(
+        Params._dummy(), "callbacks", "a list of sparkdl.Callback objects, called on every rank.", _identity
+    )
+    trackers: "Param[Any]" = Param(
+        Params._dummy(),
+        "trackers",
+        "a list of trackers of sparkdl.tracking (TensorBoard, MLflow, WeightsAndBiases), which the driver feeds.",
+        _identity,
+    )
+    validationDataset: "Param[Any]" = Param(
+        Params._dummy(),
+        "validationDataset",
+        "rows to validate on: a second DataFrame with the same columns, or a second ParquetDataset where fit gets one. "
+        "It is not saved with the estimator.",
+        _identity,
     )
     transform: "Param[Any]" = Param(
         Params._dummy(),
@@ -275,9 +351,15 @@ class TrainParams(
     def __init__(self) -> None:
         super().__init__()
         self._setDefault(optimizer="adamw", optimizerParams=None, learningRate=None, featuresCol="features")
-        self._setDefault(transform=None, **COLUMN_RULES)
-        defaults = {camel_case(field.name): field.default for field in train_fields()}
-        self._setDefault(**{**defaults, "timeouts": None})  # a Param is what JSON can hold
+        self._setDefault(weightDecay=None, parameterGroups=None, configure=None, scheduler=None, schedulerParams=None)
+        self._setDefault(trainingStep=None, predictionStep=None, metrics=None, callbacks=None, trackers=None)
+        self._setDefault(transform=None, validationDataset=None, **COLUMN_RULES)
+        # A Param is what JSON can hold.
+        defaults = {
+            camel_case(field.name): list(field.default) if isinstance(field.default, tuple) else field.default
+            for field in train_fields()
+        }
+        self._setDefault(**{**defaults, "timeouts": None})
 
     def _value(self, name: str) -> Any:
         """Value of a Param, or None where it has neither value nor default."""
@@ -287,6 +369,7 @@ class TrainParams(
     def train_config(self) -> TrainConfig:
         """The Params as the config that travels to the ranks."""
         values = {field.name: self._value(camel_case(field.name)) for field in train_fields()}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return TrainConfig(**{**values, "timeouts": build_timeouts(values["timeouts"] or {})})
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from pyspark import cloudpickle
 from torch import Tensor, nn
 
 from sparkdl.barrier.device import cuda_index
@@ -20,11 +21,23 @@ from sparkdl.errors import ConfigError, LaunchError
 from sparkdl.io.convert import raw_array
 from sparkdl.io.decode import Transform, apply_transform, draws_random_numbers
 from sparkdl.io.schema import to_array
+from sparkdl.objective import Step, call_module
 
-__all__ = ["Outputs", "Predictor", "decide", "is_one_logit", "probabilities", "raw_scores", "standardised"]
+__all__ = [
+    "Outputs",
+    "Predictor",
+    "decide",
+    "is_one_logit",
+    "pickled_for_transform",
+    "probabilities",
+    "raw_scores",
+    "standardised",
+]
 
 Array = npt.NDArray[Any]
 Kind = Literal["raw", "probability", "prediction", "number", "targets", "output"]
+Call = Callable[[nn.Module, Sequence[Tensor]], Any]
+_Parts = tuple[nn.Module, Transform | None, Call]
 _ROWS = 1024  # rows of one forward
 
 
@@ -48,7 +61,7 @@ class Predictor:
     """A picklable function from Arrow columns to Arrow structs, for an iterator Arrow UDF.
 
     Attributes:
-        module: The pickled module and transform, loaded once per Python worker.
+        module: What `pickled_for_transform` returned; loaded once per Python worker.
         inputs: The module's input columns, in order.
         outputs: What to return.
         moments: Mean and scale of standardised inputs, by field.
@@ -65,9 +78,10 @@ class Predictor:
         """Predict for every batch: a struct of the input columns to a struct of the outputs."""
         device = _task_device(self.device)
         digest = hashlib.sha256(self.module).hexdigest()
-        module, transform = _loaded(digest, str(device), lambda: pickle.loads(self.module))
+        module, transform, call = _loaded(digest, str(device), lambda: pickle.loads(self.module))
         for batch in batches:
-            yield self._struct(self.run(module, device, self._tensors(batch, transform)), len(batch))
+            tensors = self._tensors(batch, transform)
+            yield self._struct(self.run(module, device, tensors, call), len(batch))
 
     def _tensors(self, batch: pa.StructArray, transform: Transform | None) -> Sequence[Tensor]:
         values: dict[str, Any] = {}
@@ -79,13 +93,16 @@ class Predictor:
             values = apply_transform(transform, values, len(batch), generator)
         return standardised([values[column.name] for column in self.inputs], self.moments)
 
-    def run(self, module: nn.Module, device: torch.device, inputs: Sequence[Tensor]) -> list[Array]:
+    def run(
+        self, module: nn.Module, device: torch.device, inputs: Sequence[Tensor], call: Call = call_module
+    ) -> list[Array]:
         """The outputs for some rows, in the order of `Outputs.names`."""
         rows = len(inputs[0])
         parts: list[list[Array]] = []
         with torch.inference_mode():
             for start in range(0, rows, _ROWS):
-                result = module(*(tensor[start : start + _ROWS].to(device) for tensor in inputs))
+                some = [tensor[start : start + _ROWS].to(device) for tensor in inputs]
+                result = call(module, some)
                 parts.append(self._values(result))
         return [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else []
 
@@ -121,6 +138,22 @@ class Predictor:
             else:
                 arrays.append(_lists(column, pa.float32() if kind == "output" else pa.float64()))
         return pa.StructArray.from_arrays(arrays, list(self.outputs.names))
+
+
+def pickled_for_transform(
+    module: nn.Module, transform: Transform | None, step: Step | None = None, names: Sequence[str] = ()
+) -> bytes:
+    """A module and how it is used, for `Predictor`.
+
+    Args:
+        module: The module.
+        transform: The user's function on the input columns.
+        step: The user's predictionStep.
+        names: Names of the inputs, for the step.
+    """
+    call: Call = call_module if step is None else functools.partial(call_module, step=step, names=tuple(names))
+    pickled: bytes = cloudpickle.dumps((module, transform, call))
+    return pickled
 
 
 def standardised(inputs: Sequence[Tensor], moments: Mapping[str, list[list[float]]]) -> list[Tensor]:
@@ -208,19 +241,17 @@ def _lists(values: Array, kind: pa.DataType) -> pa.ListArray:
 
 
 @functools.lru_cache(maxsize=2)
-def _cached(digest: str, device: str) -> list[tuple[nn.Module, Transform | None]]:
+def _cached(digest: str, device: str) -> list[_Parts]:
     """A slot for one module in this Python worker."""
     return []
 
 
-def _loaded(
-    digest: str, device: str, load: Callable[[], tuple[nn.Module, Transform | None]]
-) -> tuple[nn.Module, Transform | None]:
-    """The module and its transform, loaded once per Python worker and device; the two used last are kept."""
+def _loaded(digest: str, device: str, load: Callable[[], _Parts]) -> _Parts:
+    """The module and how it is used, loaded once per Python worker and device; the two used last are kept."""
     slot = _cached(digest, device)
     if not slot:
-        module, transform = load()
-        slot.append((module.to(device).eval(), transform))
+        module, transform, call = load()
+        slot.append((module.to(device).eval(), transform, call))
     return slot[0]
 
 

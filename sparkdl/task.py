@@ -1,38 +1,70 @@
 """What one barrier task does: open its data, meet the others, train, report."""
 
 import contextlib
-import copy
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import resource
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparkdl.barrier.context import RankContext
 from sparkdl.barrier.device import available_cores, select_device, thread_count
 from sparkdl.barrier.launch import chunks
 from sparkdl.barrier.rendezvous import Entry, error_of
 from sparkdl.batch import Batch
+from sparkdl.callbacks import Callback, Callbacks
 from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore, Saver, told_to_stop
 from sparkdl.config import Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
+from sparkdl.history import History
 from sparkdl.io.batches import RankData
-from sparkdl.io.decode import Layout, layout_of
+from sparkdl.io.decode import Layout, Transform, layout_of
 from sparkdl.io.in_place import InPlace
 from sparkdl.io.stage import Facts, StagedDataset
+from sparkdl.metrics import Kind, Metrics
 from sparkdl.objective import Objective
+from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
+from sparkdl.preparation import compile_module, freeze_parameters, prepare_module
+from sparkdl.schedule import SchedulerRecipe
 from sparkdl.serialization import dump_weights
 from sparkdl.source import Source, open_source
-from sparkdl.trainer import History, Trainer
+from sparkdl.trainer import Trainer
+from sparkdl.trial import Trial, leave_no_trace, materialise, try_module
 
-__all__ = ["RankResult", "has_lazy_parts", "materialise", "run_rank"]
+__all__ = ["RankResult", "Recipe", "run_rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the user gave to be trained with, pickled once on the driver.
+
+    Attributes:
+        module: The module, untrained.
+        objective: The loss, and how the module is called.
+        optimizer: How to make the optimizers.
+        scheduler: How to make their schedules, if any.
+        transform: The user's function on columns.
+        metrics: As `sparkdl.metrics.Metrics` takes them.
+        kind: What the labels are to metrics.
+        callbacks: The user's code.
+    """
+
+    module: nn.Module
+    objective: Objective
+    optimizer: OptimizerRecipe
+    scheduler: SchedulerRecipe | None
+    transform: Transform | None
+    metrics: Any
+    kind: Kind
+    callbacks: tuple[Callback, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +84,10 @@ class RankResult:
         cache: Where decoded rows were kept, in words.
         vocabularies: Words that were learnt, by column.
         moments: Mean and scale of the inputs that were standardised, by field.
+        seconds: What the rank's time went into.
+        memory: Most bytes that the rank used: of the GPU that it trained on, else of its process.
+        micro_batch_size: Rows of one forward at most, in the end.
+        best_epoch: The epoch with the best value of 'monitor', from 1; 0 where there was none.
     """
 
     history: History
@@ -66,6 +102,10 @@ class RankResult:
     cache: str
     vocabularies: dict[str, list[str]]
     moments: dict[str, list[list[float]]]
+    seconds: dict[str, float]
+    memory: int
+    micro_batch_size: int | None
+    best_epoch: int
 
     def to_chunks(self) -> Iterator[bytes]:
         """The result in pieces that a Spark row carries easily."""
@@ -110,19 +150,21 @@ def run_rank(
 
         def prepare() -> tuple[str, dict[str, Any], _Ready]:
             """Everything that may fail alone: read, build, and try one forward."""
-            module, objective, optimizer, transform = pickle.loads(spec.payload)
-            source = stack.enter_context(open_source(spec, staged, in_place, rank.world, batches, transform))
+            recipe: Recipe = pickle.loads(spec.payload)
+            module, objective = recipe.module, recipe.objective
+            freeze_parameters(module, config.frozen_parameters)
+            source = stack.enter_context(open_source(spec, staged, in_place, rank.world, batches, recipe.transform))
             device = select_device(
                 config.device,
                 gpu_addresses=rank.gpu_addresses,
                 local_rank=rank.world.local_rank,
                 local_world_size=rank.world.local_world_size,
             )
-            unused, outputs, error = False, 0, None
+            trial, error = Trial(False, 0, ()), None
             sample = source.sample()
             if sample is not None:
                 try:
-                    unused, outputs = _try_forward(module, objective, sample, spec.columns)
+                    trial = try_module(module, objective, sample, spec.columns)
                 except ConfigError as found:
                     # Told to the others beside the layouts: rows of different shapes explain it better.
                     error = asdict(rank.failure(found))
@@ -131,21 +173,23 @@ def run_rank(
                 **source.facts(),
                 "checkpoint": newest and newest.name,
                 "layout": layout_of(sample, spec.columns) if sample is not None else None,
-                "unused": unused,
-                "outputs": outputs,
+                "unused": trial.unused,
+                "outputs": trial.outputs,
+                "logged": trial.logged,
                 "error": error,
             }
             fingerprint = json.dumps([spec.run_id, device.type, source.fingerprint])
-            return fingerprint, facts, _Ready(source, module, objective, optimizer, device, sample)
+            return fingerprint, facts, _Ready(source, recipe, device, sample)
 
         entries, ready = rank.agree(prepare)
         with rank.unanimously():
             found = _agreed(entries, spec.columns)
             _check_classes(spec, found.outputs, found.facts)
-        module, objective, device = ready.module, ready.objective, ready.device
+        recipe, device = ready.recipe, ready.device
+        module, objective = recipe.module, recipe.objective
         inputs = [found.layout[column.field] for column in spec.columns.inputs]
         if not entries[rank.world.rank].facts["layout"]:  # a rank without rows still needs a module of the right shape
-            materialise(module, inputs)
+            materialise(module, objective, inputs)
 
         threads = thread_count(
             cores=available_cores(), local_world_size=rank.world.local_world_size, task_cpus=rank.task_cpus
@@ -155,7 +199,8 @@ def run_rank(
         if device.type == "cuda":
             torch.cuda.set_device(device)
             stack.callback(torch.cuda.empty_cache)  # more of a CUDA context lives as long as the process
-        module.to(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        module = prepare_module(module.to(device), config)
         objective.to(device)
         with rank.process_group(
             device,
@@ -166,7 +211,16 @@ def run_rank(
             clock = rank.clock
             strategy = DataParallel(rank.world.hosts, on_computed=lambda: clock.at("reduce", clock.place.step))
             example = _example(ready.sample, found.layout, spec.columns, device)
-            strategy.prepare(module, objective, ready.optimizer, find_unused_parameters=found.unused, example=example)
+            if config.torch_compile and example.rows:
+                compile_module(module, lambda: leave_no_trace(module, objective, example))
+            strategy.prepare(
+                module,
+                objective,
+                optimization_builder(recipe.optimizer, recipe.scheduler, config, steps_per_epoch=data.plan.num_steps),
+                config,
+                find_unused_parameters=found.unused,
+                example=example,
+            )
             with _open_saver(store, spec, data.plan.num_steps) as saver:
                 trainer = Trainer(
                     strategy,
@@ -174,6 +228,9 @@ def run_rank(
                     config,
                     device=device,
                     has_validation=found.has_validation,
+                    metrics=Metrics(recipe.metrics, kind=recipe.kind, device=device) if recipe.metrics else None,
+                    logged=found.logged,
+                    callbacks=Callbacks(recipe.callbacks),
                     report=_reporter(rank),
                     clock=clock,
                     saver=saver,
@@ -188,7 +245,7 @@ def run_rank(
             strategy.close()
         result = RankResult(
             history=history,
-            weights=dump_weights(strategy.module) if rank.world.rank == 0 else b"",
+            weights=dump_weights(trainer.module) if rank.world.rank == 0 else b"",
             device=str(device),
             threads=threads,
             rows=data.rows,
@@ -199,6 +256,10 @@ def run_rank(
             cache=data.cache.plan.reason,
             vocabularies=learnt.vocabularies,
             moments=learnt.moments,
+            seconds=trainer.seconds,
+            memory=_peak_memory(device),
+            micro_batch_size=strategy.micro_batch_size,
+            best_epoch=trainer.best_epoch,
         )
         yield from result.to_chunks()
 
@@ -208,9 +269,7 @@ class _Ready:
     """What a rank has in hand when it meets the others."""
 
     source: Source
-    module: nn.Module
-    objective: Objective
-    optimizer: OptimizerRecipe
+    recipe: Recipe
     device: torch.device
     sample: Mapping[str, torch.Tensor] | None
 
@@ -226,6 +285,7 @@ class _Agreed:
         has_validation: True where any rank has validation rows.
         unused: True where some parameters have no part in the output.
         outputs: Values per row of the output.
+        logged: Names of what a training step returns besides the loss.
     """
 
     facts: Facts
@@ -234,6 +294,7 @@ class _Agreed:
     has_validation: bool
     unused: bool
     outputs: int
+    logged: tuple[str, ...]
 
 
 def _agreed(entries: tuple[Entry, ...], columns: Columns) -> _Agreed:
@@ -266,54 +327,16 @@ def _agreed(entries: tuple[Entry, ...], columns: Columns) -> _Agreed:
         has_validation,
         any(entry.facts["unused"] for entry in entries),
         max(entry.facts["outputs"] for entry in entries),
+        tuple(next((entry.facts["logged"] for entry in entries if entry.facts["logged"]), ())),
     )
 
 
-def _try_forward(
-    module: nn.Module, objective: Objective, sample: Mapping[str, torch.Tensor], columns: Columns
-) -> tuple[bool, int]:
-    """One forward and backward of two rows, before any other rank depends on this one.
-
-    Lazy modules get their shapes; nothing else of the module changes.
-
-    Returns:
-        True where some parameters had no part in the output; and the values per row of the output (a classifier's
-        one logit counts as two classes, several outputs as 0).
-
-    Raises:
-        ConfigError: The module cannot take the inputs, or its output does not fit the loss.
-    """
-    inputs = tuple(sample[column.field] for column in columns.inputs)
-    targets = tuple(sample[column.field] for column in columns.labels)
-    weight = sample[columns.weight.field] if columns.weight is not None else None
-    if has_lazy_parts(module):
-        _forward(module.eval(), inputs)
-        module.train()
-    trial = copy.deepcopy(module).eval()
-    outputs = _forward(trial, inputs)
-    width = 0
-    if isinstance(outputs, torch.Tensor):
-        width = outputs.shape[1:].numel()
-        width = 2 if objective.binary and width == 1 else width
-    if objective.binary and (not isinstance(outputs, torch.Tensor) or outputs.ndim > 2):
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise ConfigError(
-            f"A classifier's module must return one score per class, shape (rows, classes), or one logit per row; this "
-            f"one returned {found}. Use TorchEstimator for other outputs."
-        )
-    objective.try_on(outputs, targets, weight).backward()
-    return any(value.grad is None for value in trial.parameters() if value.requires_grad), width
-
-
-def _forward(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-    try:
-        return module(*inputs)
-    except Exception as error:
-        shapes = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in inputs)
-        raise ConfigError(
-            f"The module failed on its first forward, with {len(inputs)} positional inputs of shape {shapes} "
-            f"(rows first): {type(error).__name__}: {error}"
-        ) from error
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use: of the GPU since the fit began, of a process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _check_classes(spec: RunSpec, classes: int, facts: Facts) -> None:
@@ -326,23 +349,6 @@ def _check_classes(spec: RunSpec, classes: int, facts: Facts) -> None:
         )
     if spec.thresholds not in (None, classes):
         raise ConfigError(f"thresholds has {spec.thresholds} values for {classes} classes. Give one per class.")
-
-
-def has_lazy_parts(module: nn.Module) -> bool:
-    """True where some part of a module waits for its first input to learn its shapes."""
-    return any(isinstance(part, LazyModuleMixin) for part in module.modules())
-
-
-def materialise(module: nn.Module, inputs: Sequence[tuple[str, Sequence[int]]]) -> None:
-    """Give lazy modules their shapes where there is no row to show them.
-
-    Args:
-        module: The module.
-        inputs: Name of the dtype and shape of one row of each input.
-    """
-    zeros = tuple(torch.zeros((2, *shape), dtype=getattr(torch, dtype)) for dtype, shape in inputs)
-    with torch.no_grad():
-        _forward(module.eval(), zeros)
 
 
 def _example(

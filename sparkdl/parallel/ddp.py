@@ -1,6 +1,7 @@
 """Synchronous data parallelism: every rank holds the module, gradients are averaged by an all-reduce in each step."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,14 +10,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from sparkdl.batch import Batch
+from sparkdl.config import TrainConfig
+from sparkdl.errors import ConfigError
 from sparkdl.io.exchange import broadcast_state
 from sparkdl.objective import Objective
-from sparkdl.optimizer import OptimizerRecipe
+from sparkdl.optimization import BuildOptimization, Optimization
+from sparkdl.parallel.strategy import StepResult
 from sparkdl.serialization import load_state, state_of
 
 __all__ = ["DataParallel"]
+
+logger = logging.getLogger(__name__)
+
+Computed = list[tuple[Tensor, dict[str, Tensor]]]
+# The first brings the gradients and the optimizer's state into memory; the second needs all of it at once.
+_CAREFUL_STEPS = 2
 
 
 class DataParallel:
@@ -38,15 +49,18 @@ class DataParallel:
         self,
         module: nn.Module,
         objective: Objective,
-        optimizer: OptimizerRecipe,
+        build: BuildOptimization,
+        config: TrainConfig,
         *,
         find_unused_parameters: bool,
         example: Batch,
     ) -> None:
-        """Broadcast rank 0's weights and build the optimizer."""
+        """Broadcast rank 0's weights and build the optimization."""
         device = next(module.parameters()).device
         self._module = module
-        step = _RowsToLoss(module, objective)
+        self._config = config
+        self.micro_batch_size = config.micro_batch_size
+        step = _RowsToLoss(module, objective, everyone_forwards=config.sync_batch_norm)
         # Instead of DDP's own broadcast: large weights go from host to host in a chain.
         state = (*step.parameters(), *step.buffers())
         broadcast_state([value.detach() for value in state], 0, hosts=self._hosts or [""] * dist.get_world_size())
@@ -57,9 +71,10 @@ class DataParallel:
             find_unused_parameters=find_unused_parameters,
             gradient_as_bucket_view=True,
         )
-        self._optimizer = optimizer.build([value for value in module.parameters() if value.requires_grad])
+        self._optimization = build(module)
         self._world_size = dist.get_world_size()
-        if self._world_size > 2:
+        self._careful_steps = 0 if config.sync_batch_norm else _CAREFUL_STEPS
+        if self._world_size > 1:
             self._warm_up(example)
         self._busy = self._begun = 0.0
         # In the backward pass the first layer's gradients come last: when they are there this rank has computed its
@@ -74,31 +89,94 @@ class DataParallel:
         the order of summation over three and more ranks. A resumed run must not sum its first step in another order
         than the run that it goes on with.
         """
-        buffers = [value.clone() for value in self._step.buffers()]
+        buffers = [value.clone() for value in self._module.buffers()]
         devices = [value.device for value in example.inputs if value.device.type == "cuda"][:1]
         with torch.random.fork_rng(devices=devices):
-            self._step(example.inputs, example.labels, example.weight).backward()
-        self._optimizer.zero_grad(set_to_none=True)
+            with self._optimization.autocast():
+                loss, _ = self._step(example)
+            loss.backward()
+        self._module.zero_grad(set_to_none=True)
+        self._restore(buffers)
+
+    def _restore(self, buffers: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for value, before in zip(self._step.buffers(), buffers, strict=True):
+            for value, before in zip(self._module.buffers(), buffers, strict=True):
                 value.copy_(before)
 
-    def train_step(self, batch: Batch, denominator: float, micro_batch_size: int | None) -> Tensor:
-        """See `Strategy.train_step`."""
+    def train_step(self, batch: Batch, denominator: float) -> StepResult:
+        """See `Strategy.train_step`.
+
+        Raises:
+            ConfigError: This rank's memory does not hold a micro-batch.
+        """
         self._begun = time.perf_counter()
-        self._optimizer.zero_grad(set_to_none=True)
         # The all-reduce takes the mean over ranks; the gradient wanted is the sum over ranks by the denominator.
         scale = self._world_size / denominator if denominator else float(self._world_size)
-        losses = []
-        micro_batches = list(batch.split(micro_batch_size))
+        computed = self._carefully(batch, scale) if self._careful_steps else self._backward(batch, scale)
+        taken = self._optimization.step()
+        losses, logged = zip(*computed, strict=True)
+        if len(computed) == 1:
+            return StepResult(losses[0], logged[0], taken)
+        sums = {name: torch.stack([one[name] for one in logged]).sum() for name in logged[0]}
+        return StepResult(torch.stack(losses).sum(), sums, taken)
+
+    def _backward(self, batch: Batch, scale: float, *, synchronised: bool = True) -> Computed:
+        """The gradients of this rank's rows, reduced with the last micro-batch: losses and logged sums of each."""
+        optimization = self._optimization
+        optimization.begin_step()
+        computed = []
+        micro_batches = self._micro_batches(batch)
         for number, micro in enumerate(micro_batches, 1):
-            synchronise = number == len(micro_batches)
-            with contextlib.nullcontext() if synchronise else self._step.no_sync():
-                loss: Tensor = self._step(micro.inputs, micro.labels, micro.weight)
-                (loss * scale).backward()
-            losses.append(loss.detach())
-        self._optimizer.step()
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            reduced = synchronised and number == len(micro_batches)
+            with contextlib.nullcontext() if reduced else self._step.no_sync():
+                with optimization.autocast():
+                    loss, logged = self._step(micro)
+                optimization.backward(loss * scale)
+            computed.append((loss.detach(), logged))
+        return computed
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        if not self._config.sync_batch_norm or self.micro_batch_size is None:
+            return batch.split(self.micro_batch_size)
+        # BatchNorm layers wait for each other in every forward: all ranks need as many.
+        pieces = torch.tensor(max(1, -(-batch.rows // self.micro_batch_size)), device=batch.inputs[0].device)
+        dist.all_reduce(pieces, dist.ReduceOp.MAX)
+        return batch.cut(int(pieces))
+
+    def _carefully(self, batch: Batch, scale: float) -> Computed:
+        """As `_backward`, but nothing is reduced before all rows are computed: a rank can begin again until then."""
+        devices = [value.device for value in batch.inputs if value.device.type == "cuda"][:1]
+        buffers = [value.clone() for value in self._module.buffers()]
+        while True:
+            out_of_memory: str | None = None
+            with torch.random.fork_rng(devices=devices):
+                try:
+                    computed = self._backward(batch, scale, synchronised=False)
+                except torch.OutOfMemoryError as error:
+                    out_of_memory = str(error)
+            if out_of_memory is None:
+                break
+            # Outside of the handler, whose traceback holds on to the tensors of the forward.
+            self._halve(batch.rows, out_of_memory)
+            self._restore(buffers)
+        self._careful_steps -= 1
+        loss, _ = self._step(batch.part(0, 0))
+        loss.backward()  # of no rows: adds nothing, and reduces what is there
+        return computed
+
+    def _halve(self, rows: int, reason: str) -> None:
+        tried = min(rows, self.micro_batch_size or rows)
+        if tried <= 1:
+            raise ConfigError(f"This rank's memory does not hold the step of a single row: {reason}")
+        self._module.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.micro_batch_size = -(-tried // 2)
+        logger.warning(
+            "out of memory with %d rows in one forward; this rank goes on with microBatchSize=%d",
+            tried,
+            self.micro_batch_size,
+        )
 
     def _computed(self) -> None:
         now = time.perf_counter()
@@ -113,12 +191,12 @@ class DataParallel:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Strategy.state_dict`."""
-        return {"module": state_of(self._module), "optimizer": self._optimizer.state_dict()}
+        return {"module": state_of(self._module), "optimization": self._optimization.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Strategy.load_state_dict`."""
         load_state(self._module, state["module"])
-        self._optimizer.load_state_dict(dict(state["optimizer"]))
+        self._optimization.load_state_dict(state["optimization"])
 
     def close(self) -> None:
         """Let go of the process group while others still hold it.
@@ -131,18 +209,27 @@ class DataParallel:
 
     @property
     def module(self) -> nn.Module:
-        """The module with its current weights."""
+        """See `Strategy.module`."""
         return self._module
+
+    @property
+    def optimization(self) -> Optimization:
+        """See `Strategy.optimization`."""
+        return self._optimization
 
 
 class _RowsToLoss(nn.Module):
-    def __init__(self, module: nn.Module, objective: Objective) -> None:
+    def __init__(self, module: nn.Module, objective: Objective, *, everyone_forwards: bool) -> None:
         super().__init__()
         self.module = module
         self.objective = objective
+        self.everyone_forwards = everyone_forwards
 
-    def forward(self, inputs: tuple[Tensor, ...], labels: tuple[Tensor, ...], weight: Tensor | None) -> Tensor:
-        if not len(inputs[0]):
-            return torch.stack([(value * 0).sum() for value in self.parameters() if value.requires_grad]).sum()
-        loss: Tensor = self.objective(self.module(*inputs), labels, weight)
-        return loss
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if batch.rows:
+            return self.objective.compute(self.module, batch)
+        nothing = [(value * 0).sum() for value in self.parameters() if value.requires_grad]
+        if self.everyone_forwards and self.training:
+            outputs = self.module(*batch.inputs)
+            nothing += [value.sum() * 0 for value in tree_leaves(outputs) if isinstance(value, Tensor)]
+        return torch.stack(nothing).sum(), {}

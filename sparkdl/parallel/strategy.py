@@ -1,25 +1,40 @@
 """The questions that the training loop asks of a way to train in parallel."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from sparkdl.batch import Batch
+from sparkdl.config import TrainConfig
 from sparkdl.objective import Objective
-from sparkdl.optimizer import OptimizerRecipe
+from sparkdl.optimization import BuildOptimization, Optimization
 
-__all__ = ["Strategy"]
+__all__ = ["StepResult", "Strategy"]
+
+
+class StepResult(NamedTuple):
+    """What one step says of this rank's rows."""
+
+    loss: Tensor
+    """Sum of their losses, detached, shape ()."""
+
+    logged: dict[str, Tensor]
+    """By name, the sums of what else a training step returned."""
+
+    taken: bool
+    """False where the step was left out, on all ranks."""
 
 
 class Strategy(Protocol):
-    """Holds the module and its optimizer, and takes steps with the other ranks."""
+    """Holds the module and its `Optimization`, and takes steps with the other ranks."""
 
     def prepare(
         self,
         module: nn.Module,
         objective: Objective,
-        optimizer: OptimizerRecipe,
+        build: BuildOptimization,
+        config: TrainConfig,
         *,
         find_unused_parameters: bool,
         example: Batch,
@@ -29,23 +44,25 @@ class Strategy(Protocol):
         Args:
             module: The module; rank 0's weights are everyone's.
             objective: The loss as sum and denominator.
-            optimizer: How to make the optimizer.
+            build: Makes the optimization, once the parameters are what they stay.
+            config: How to train.
             find_unused_parameters: True where some parameters have no part in the output.
             example: Some of this rank's rows; none where it has none.
         """
         ...
 
-    def train_step(self, batch: Batch, denominator: float, micro_batch_size: int | None) -> Tensor:
+    def train_step(self, batch: Batch, denominator: float) -> StepResult:
         """One optimizer step on this rank's rows of the global batch.
 
         Args:
             batch: This rank's rows; may be none.
             denominator: What the sum of all ranks' losses is divided by; 0 divides by nothing.
-            micro_batch_size: Rows of one forward at most.
-
-        Returns:
-            Sum of this rank's losses, detached, shape ().
         """
+        ...
+
+    @property
+    def optimization(self) -> Optimization:
+        """What turns gradients into weights."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,4 +85,9 @@ class Strategy(Protocol):
     @property
     def module(self) -> nn.Module:
         """The module with its current weights."""
+        ...
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows of one forward of this rank at most; fewer than asked for where its memory did not hold more."""
         ...

@@ -19,6 +19,7 @@ from sparkdl.io.cache import Cache, CachePlan, Free, plan_cache
 from sparkdl.io.decode import Decoder
 from sparkdl.io.plan import ShardPlan, plan_pieces, shards_of
 from sparkdl.objective import Objective
+from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
 from sparkdl.trainer import History, Trainer
@@ -76,9 +77,9 @@ def fit(*, balance: bool) -> tuple[History, Tensor, int]:
         data = open_rows(folder)
         config = TrainConfig(max_epochs=EPOCHS, batch_size=BATCH, balance_shards=balance)
         objective, strategy = Objective(squared), DataParallel()
-        strategy.prepare(
-            Slow(), objective, OptimizerRecipe("sgd", 0.01, {}), find_unused_parameters=False, example=NO_ROWS
-        )
+        recipe = OptimizerRecipe("sgd", 0.01)
+        build = optimization_builder(recipe, None, config, steps_per_epoch=data.plan.num_steps)
+        strategy.prepare(Slow(), objective, build, config, find_unused_parameters=False, example=NO_ROWS)
         history = Trainer(strategy, objective, config, device=torch.device("cpu")).fit(data)
         weights = torch.cat([value.detach().flatten() for value in strategy.module.parameters()])
         strategy.close()

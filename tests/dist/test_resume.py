@@ -17,6 +17,7 @@ from sparkdl.io.batches import RankData, Reading
 from sparkdl.io.decode import Decoder
 from sparkdl.io.plan import ShardPlan, plan_pieces, shards_of
 from sparkdl.objective import Objective
+from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
 from sparkdl.trainer import History, Trainer
@@ -77,10 +78,10 @@ def train(
     with open_rows(folder).open_epoch(0) as batches:
         example = next(batches)
     data = open_rows(folder)
+    config = TrainConfig(max_epochs=EPOCHS, batch_size=BATCH)
     objective, strategy = Objective(parity), DataParallel()
-    strategy.prepare(
-        make(), objective, OptimizerRecipe("adamw", 0.01, {}), find_unused_parameters=False, example=example
-    )
+    build = optimization_builder(OptimizerRecipe("adamw", 0.01), None, config, steps_per_epoch=STEPS)
+    strategy.prepare(make(), objective, build, config, find_unused_parameters=False, example=example)
     store = CheckpointStore(str(folder / name))
     seen = 0
 
@@ -90,7 +91,6 @@ def train(
         return seen == stop and dist.get_rank() == dist.get_world_size() - 1
 
     writer = AsyncWriter(store, timeout=timedelta(minutes=1))
-    config = TrainConfig(max_epochs=EPOCHS, batch_size=BATCH)
     try:
         with Saver(writer, CheckpointSchedule(3, None, STEPS), stopped=stopped) as saver:
             trainer = Trainer(strategy, objective, config, device=torch.device("cpu"), saver=saver)

@@ -14,6 +14,7 @@ from sparkdl.batch import Batch
 from sparkdl.config import TrainConfig
 from sparkdl.io.plan import ShardPlan
 from sparkdl.objective import Objective
+from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
 from sparkdl.trainer import Trainer
@@ -160,7 +161,8 @@ def train(case: Case, events: list[dict[str, Any]] | None = None) -> dict[str, A
             for parameter in module.parameters():
                 parameter.add_(1)
     strategy = DataParallel()
-    strategy.prepare(module, objective, case.recipe(), find_unused_parameters=False, example=rows_of(0, 2))
+    build = optimization_builder(case.recipe(), None, config, steps_per_epoch=len(SLICES))
+    strategy.prepare(module, objective, build, config, find_unused_parameters=False, example=case.rows(0, 2))
     report = (lambda event: None) if events is None else events.append
     trainer = Trainer(
         strategy, objective, config, device=torch.device("cpu"), has_validation=True, report=report

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparkdl.batch import Batch
+from sparkdl.config import TrainConfig
 from sparkdl.errors import ConfigError
 from sparkdl.objective import Objective, build_loss, loss_names
+from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
 
@@ -476,11 +478,14 @@ def group_of_one() -> Iterator[None]:
 NO_ROWS = Batch((torch.zeros(0, FEATURES),), (torch.zeros(0),))
 
 
-def strategy_of(module: nn.Module, loss: Callable[..., Tensor], rate: float = 0.1) -> DataParallel:
+def strategy_of(
+    module: nn.Module, loss: Callable[..., Tensor], rate: float = 0.1, micro_batch_size: int | None = None
+) -> DataParallel:
     """A strategy that takes plain gradient steps."""
     strategy = DataParallel()
-    recipe = OptimizerRecipe("sgd", rate)
-    strategy.prepare(module, Objective(loss), recipe, find_unused_parameters=False, example=NO_ROWS)
+    config = TrainConfig(micro_batch_size=micro_batch_size)
+    build = optimization_builder(OptimizerRecipe("sgd", rate), None, config, steps_per_epoch=1)
+    strategy.prepare(module, Objective(loss), build, config, find_unused_parameters=False, example=NO_ROWS)
     return strategy
 
 
@@ -494,9 +499,9 @@ def test_a_step_in_micro_batches_is_the_step_of_the_whole_batch(
     whole = loss(expected(inputs()), label)
     gradients = torch.autograd.grad(whole, list(expected.parameters()))
     module = linear(CLASSES)
-    strategy = strategy_of(module, loss)
+    strategy = strategy_of(module, loss, micro_batch_size=micro_batch_size)
     denominator = Objective(loss).denominator((label,), None)
-    total = strategy.train_step(Batch((inputs(),), (label,)), denominator, micro_batch_size)
+    total = strategy.train_step(Batch((inputs(),), (label,)), denominator).loss
     torch.testing.assert_close(total / denominator, whole.detach())
     for value, before, gradient in zip(module.parameters(), expected.parameters(), gradients, strict=True):
         torch.testing.assert_close(value.detach(), before.detach() - 0.1 * gradient, rtol=1e-9, atol=1e-12)
@@ -514,7 +519,7 @@ def test_a_rank_without_rows_takes_part_with_a_gradient_of_zero_and_no_forward(g
     before = [value.detach().clone() for value in module.parameters()]
     strategy = strategy_of(module, nn.CrossEntropyLoss())
     empty = Batch((torch.zeros(0, FEATURES),), (torch.zeros(0, dtype=torch.int64),))
-    assert float(strategy.train_step(empty, 8.0, None)) == 0
+    assert float(strategy.train_step(empty, 8.0).loss) == 0
     assert Forward.calls == 0
     assert all(value.grad is not None and not value.grad.any() for value in module.parameters())
     for value, old in zip(module.parameters(), before, strict=True):
@@ -531,7 +536,7 @@ def test_a_step_whose_denominator_is_zero_is_that_of_the_sum(group_of_one: None)
             strict=True,
         )
     ]
-    strategy_of(module, nn.MSELoss(reduction="sum"), 0.01).train_step(Batch((inputs(),), (label,)), 0.0, 5)
+    strategy_of(module, nn.MSELoss(reduction="sum"), 0.01, 5).train_step(Batch((inputs(),), (label,)), 0.0)
     for value, wanted in zip(module.parameters(), expected, strict=True):
         torch.testing.assert_close(value.detach(), wanted.detach(), rtol=1e-9, atol=1e-12)
 

@@ -35,6 +35,39 @@ VALUES: dict[str, Any] = {
     "optimizer": "sgd",
     "optimizerParams": {"momentum": 0.9},
     "learningRate": 0.25,
+    "learningRateScaling": "sqrt",
+    "baseBatchSize": 128,
+    "weightDecay": 0.125,
+    "parameterGroups": {"bias": {"lr": 0.5}},
+    "configure": dict,
+    "scheduler": "cosineannealinglr",
+    "schedulerParams": {"eta_min": 0.25},
+    "schedulerInterval": "step",
+    "warmupSteps": 10,
+    "trainingStep": dict,
+    "predictionStep": dict,
+    "precision": "bf16",
+    "gradientClipNorm": 1.0,
+    "gradientClipValue": 0.5,
+    "averaging": "ema",
+    "averagingDecay": 0.5,
+    "averagingStart": 2,
+    "frozenParameters": ["embedding"],
+    "activationCheckpointing": ["blocks.*"],
+    "syncBatchNorm": True,
+    "torchCompile": True,
+    "nonFinite": "skip",
+    "validationFraction": 0.25,
+    "validationDataset": "a second one",
+    "metrics": ["accuracy"],
+    "monitor": "validation_accuracy",
+    "monitorMode": "max",
+    "earlyStoppingPatience": 3,
+    "earlyStoppingMinDelta": 0.01,
+    "restoreBest": True,
+    "callbacks": [],
+    "trackers": [],
+    "trackingDir": "/shared/events",
     "maxEpochs": 3,
     "batchSize": 64,
     "microBatchSize": 16,
@@ -80,10 +113,17 @@ VALUES: dict[str, Any] = {
     "allowUnencryptedTraffic": True,
 }
 COMMON_BEFORE = [
-    "module", "loss", "optimizer", "optimizerParams", "learningRate", "maxEpochs", "batchSize", "microBatchSize",
-    "shuffle", "seed", "partitioning", "partitionKeyCol", "reshuffleInterval", "balanceShards", "cache", "cacheBytes",
+    "module", "loss", "optimizer", "optimizerParams", "learningRate", "learningRateScaling", "baseBatchSize",
+    "weightDecay", "parameterGroups", "configure", "scheduler", "schedulerParams", "schedulerInterval", "warmupSteps",
+    "trainingStep", "predictionStep", "maxEpochs", "batchSize", "microBatchSize", "precision", "gradientClipNorm",
+    "gradientClipValue", "averaging", "averagingDecay", "averagingStart", "frozenParameters", "activationCheckpointing",
+    "syncBatchNorm", "torchCompile", "nonFinite", "shuffle", "seed", "partitioning", "partitionKeyCol", "reshuffleInterval", "balanceShards", "cache", "cacheBytes",
     "readerThreads", "nulls", "padding", "shapes", "vocabularies", "standardization", "transform",
     "featuresCol", "inputCols", "labelCol",
+]  # fmt: skip
+VALIDATION = [
+    "validationIndicatorCol", "validationFraction", "validationDataset", "metrics", "monitor", "monitorMode",
+    "earlyStoppingPatience", "earlyStoppingMinDelta", "restoreBest", "callbacks", "trackers", "trackingDir",
 ]  # fmt: skip
 COMMON_AFTER = [
     "numTrainWorkers", "numShards", "device", "stagingDir", "checkpointDir", "checkpointInterval", "checkpointSeconds",
@@ -91,15 +131,31 @@ COMMON_AFTER = [
 ]  # fmt: skip
 SIGNATURES = {
     TorchClassifier: [
-        *COMMON_BEFORE, "weightCol", "validationIndicatorCol", "predictionCol", "probabilityCol", "rawPredictionCol",
+        *COMMON_BEFORE, "weightCol", *VALIDATION, "predictionCol", "probabilityCol", "rawPredictionCol",
         "thresholds", *COMMON_AFTER,
     ],
-    TorchRegressor: [*COMMON_BEFORE, "weightCol", "validationIndicatorCol", "predictionCol", *COMMON_AFTER],
+    TorchRegressor: [*COMMON_BEFORE, "weightCol", *VALIDATION, "predictionCol", *COMMON_AFTER],
     TorchEstimator: [
-        *COMMON_BEFORE, "labelCols", "weightCol", "validationIndicatorCol", "outputCol", "outputCols", *COMMON_AFTER,
+        *COMMON_BEFORE, "labelCols", "weightCol", *VALIDATION, "outputCol", "outputCols", *COMMON_AFTER,
     ],
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {
+    "learningRateScaling": "none",
+    "baseBatchSize": 256,
+    "schedulerInterval": "epoch",
+    "warmupSteps": 0,
+    "precision": "32",
+    "averaging": "none",
+    "averagingDecay": 0.999,
+    "averagingStart": 1,
+    "frozenParameters": (),
+    "activationCheckpointing": (),
+    "syncBatchNorm": False,
+    "torchCompile": False,
+    "nonFinite": "stop",
+    "monitorMode": "auto",
+    "earlyStoppingMinDelta": 0.0,
+    "restoreBest": False,
     "optimizer": "adamw",
     "maxEpochs": 10,
     "batchSize": 256,
@@ -196,7 +252,8 @@ def test_the_param_of_a_config_field_has_its_text_and_its_default(
     instance = kind()
     param = instance.getParam(camel_case(field.name))
     assert param.doc == field_docs(TrainConfig)[field.name]
-    assert instance.getOrDefault(param) == (None if field.name == "timeouts" else field.default)
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    assert instance.getOrDefault(param) == (None if field.name == "timeouts" else default)
     assert param.parent == instance.uid
 
 
@@ -222,6 +279,7 @@ def test_the_params_are_the_config_that_travels() -> None:
     names = [field.name for field in train_fields()]
     values = {name: VALUES[camel_case(name)] for name in names}
     given = TorchRegressor(**{camel_case(name): value for name, value in values.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     assert given.train_config() == TrainConfig(**{**values, "timeouts": Timeouts(step=timedelta(minutes=1))})
     assert TorchRegressor().train_config() == TrainConfig()
 
@@ -271,7 +329,7 @@ def test_the_constructor_has_the_documented_arguments_by_keyword_with_the_defaul
     for name, parameter in parameters.items():
         assert parameter.default == {"loss": losses[kind], **DEFAULTS}.get(name)
         found = instance.getOrDefault(name) if instance.isDefined(name) else None
-        assert found == parameter.default
+        assert (tuple(found) if isinstance(found, list) else found) == parameter.default
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from sparkdl.config import Column
 from sparkdl.errors import ConfigError, DataError, LaunchError
-from sparkdl.predict import Kind, Outputs, Predictor, decide, is_one_logit, probabilities, raw_scores
+from sparkdl.predict import (
+    Kind,
+    Outputs,
+    Predictor,
+    decide,
+    is_one_logit,
+    pickled_for_transform,
+    probabilities,
+    raw_scores,
+)
 
 FEATURES = 3
 
@@ -175,7 +184,7 @@ def predictor(module: nn.Module, kinds: Sequence[Kind], *inputs: Column, **setti
     names = tuple(f"{kind}_{number}" for number, kind in enumerate(kinds))
     columns = inputs or (Column("features", "input_0", "array", "float32", validity="any"),)
     thresholds = settings.pop("thresholds", None)
-    return Predictor(cloudpickle.dumps((module, None)), columns, Outputs(names, tuple(kinds), thresholds), **settings)
+    return Predictor(pickled_for_transform(module, None), columns, Outputs(names, tuple(kinds), thresholds), **settings)
 
 
 def rows_of(values: Any) -> pa.StructArray:
