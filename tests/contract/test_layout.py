@@ -21,13 +21,15 @@ PACKAGES = {
     "sparkdl": "sparkdl",
     "sparkdl.parallel": "sparkdl/parallel",
     "sparkdl.checkpoint": "sparkdl/checkpoint",
+    "sparkdl.examples": "sparkdl/examples",
     "sparkdl.barrier": "barrier",
     "sparkdl.io": "io",
 }
 
 # Top row first. A name covers the module and all modules below it.
 LAYERS = (
-    ("cli", "estimator", "fitting", "checks", "model", "params", "persistence"),
+    ("examples",),
+    ("cli", "estimator", "fitting", "checks", "model", "params", "persistence", "standalone"),
     ("daemon",),
     ("task", "source", "predict"),
     ("trainer",),
@@ -40,6 +42,8 @@ SIBLINGS = ("barrier", "io")
 
 # What runs without Spark, so that a lone GPU machine can run it.
 SPARK_FREE = (
+    "examples",
+    "standalone",
     "trainer",
     "parallel",
     "objective",
@@ -55,6 +59,7 @@ SPARK_FREE = (
     "barrier.watchdog",
     "barrier.rules",
     "io.exchange",
+    "io.in_memory",
     "io.plan",
     "io.reshuffle",
     "io.statistics",
