@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparkdl.barrier.launch import launch
+    from sparkdl.callbacks import Callback, RunView
     from sparkdl.errors import SparkdlError, TrainingFailedError
     from sparkdl.estimator import TorchClassifier, TorchEstimator, TorchRegressor
     from sparkdl.model import TorchClassificationModel, TorchModel, TorchRegressionModel
     from sparkdl.serialization import allow_modules
 
 __all__ = [
+    "Callback",
+    "RunView",
     "SparkdlError",
     "TorchClassificationModel",
     "TorchClassifier",
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "sparkdl.callbacks",
+    "RunView": "sparkdl.callbacks",
     "SparkdlError": "sparkdl.errors",
     "TorchClassificationModel": "sparkdl.model",
     "TorchClassifier": "sparkdl.estimator",

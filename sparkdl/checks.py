@@ -159,6 +159,11 @@ def check_optimization(
     """
     if has_lazy_parts(module):
         return
+    if config.precision != "32" and floating_dtype(module) == "float64":
+        raise ConfigError(
+            f"precision={config.precision!r} has no effect on {type(module).__name__}, which computes in float64: "
+            "torch.autocast leaves that alone. Use precision='32', or a module of float32."
+        )
     frozen = freeze_parameters(module, config.frozen_parameters)
     try:
         Optimization(module, optimizer, scheduler, config, steps_per_epoch=1)

@@ -190,6 +190,11 @@ class Trainer:
         return self._strategy.optimization.averaged or self._strategy.module
 
     @property
+    def history(self) -> History:
+        """The records of the epochs that are done."""
+        return self._history
+
+    @property
     def best_epoch(self) -> int:
         """The epoch with the best value of 'monitor', from 1; 0 where there is none yet."""
         return self._best.epoch
@@ -253,7 +258,7 @@ class Trainer:
     # ---- after an epoch ----------------------------------------------------------------------------------------------
     def _record(self, plan: ShardPlan, epoch: int, sums: EpochSums) -> dict[str, Any]:
         """What history says of an epoch; the same on all ranks, except for the seconds."""
-        shard_rows, seconds, ranks = plan.shard_rows, sums.seconds, dist.get_world_size()
+        shard_rows, seconds = plan.shard_rows, sums.seconds
         total = self._sums_over_ranks(sums)
         optimization = self._strategy.optimization
         optimization.average_epoch(epoch)
@@ -266,9 +271,9 @@ class Trainer:
             "learning_rate": optimization.learning_rate,
             "seconds": seconds,
             "rows_per_second": total["rows"] / seconds,
-            "data_wait": total["waited"] / ranks / seconds,
-            "compute": total["busy"] / ranks / seconds,
-            "synchronisation": (total["stepped"] - total["busy"]) / ranks / seconds,
+            "data_wait": total["waited"] / total["seconds"],
+            "compute": total["busy"] / total["seconds"],
+            "synchronisation": (total["stepped"] - total["busy"]) / total["seconds"],
             "shard_rows_min": min(shard_rows),
             "shard_rows_max": max(shard_rows),
             "skew": max(shard_rows) * len(shard_rows) / (sum(shard_rows) or 1),
