@@ -190,7 +190,7 @@ class Metrics:
             ConfigError: A metric cannot take outputs and labels.
         """
         label = labels[0] if not isinstance(labels, Tensor) and len(labels) == 1 else labels
-        rows = len(label if isinstance(label, Tensor) else label[0])
+        rows = _num_rows(label) or _num_rows(outputs)
         if not rows or not self._names:
             return
         compared = {kind: self._compared(kind, outputs, label) for kind in self._kinds()}
@@ -372,6 +372,14 @@ def _in_own_type(
 
 def _is_binary(metric: Metric) -> bool:
     return any(base.__name__.startswith("Binary") for base in type(metric).__mro__)
+
+
+def _num_rows(value: Any) -> int:
+    """Rows of the first tensor in a value; 0 where there is none."""
+    if isinstance(value, Tensor):
+        return len(value) if value.ndim else 0
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return next((rows for entry in entries if (rows := _num_rows(entry))), 0)
 
 
 def _shape(value: Any) -> str:

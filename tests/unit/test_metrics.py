@@ -267,6 +267,7 @@ def test_objects_of_an_estimator_get_what_there_is() -> None:
         ((4, 3, 2), torch.float16),
         ((4,), torch.float32),
     ]
+    assert forms(Given(), {"a": torch.zeros(4, 3)}, (), "any") == [dict, tuple]
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
