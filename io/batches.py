@@ -5,7 +5,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -40,28 +40,27 @@ class Reading:
 
     Attributes:
         columns: Names of the Parquet columns.
-        select: Takes the training rows of a piece out of the table of its row group.
-        select_validation: Likewise its validation rows.
+        select: Takes the rows of a piece out of the table of its row group.
         dictionaries: Columns read as dictionaries.
         storage_options: For the file system.
         threads: Reader threads.
         timeout: How long to wait for one row group.
+        validation: How validation rows are read, where it is not in the same way.
     """
 
     columns: Sequence[str]
     select: Callable[[pa.Table, Piece], pa.Table] = select_piece
-    select_validation: Callable[[pa.Table, Piece], pa.Table] = select_piece
     dictionaries: Sequence[str] = ()
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     threads: int = 1
     timeout: timedelta = timedelta(minutes=10)
+    validation: "Reading | None" = None
 
     def open(
         self,
         pieces: Sequence[Piece],
         decode: Callable[[pa.Table, int], Any],
         *,
-        validation: bool = False,
         recall: Callable[[int], bool] | None = None,
     ) -> PlannedReader:
         """A reader of pieces; see `PlannedReader`."""
@@ -69,7 +68,7 @@ class Reading:
             pieces,
             columns=self.columns,
             decode=decode,
-            select=self.select_validation if validation else self.select,
+            select=self.select,
             recall=recall,
             threads=self.threads,
             ahead=2 * self.threads + 2,
@@ -375,7 +374,8 @@ class RankData:
             self.decoder.check(table, memory.tensors)
             return memory.tensors
 
-        with self.reading.open(self.validation, place, validation=True) as reader:
+        reading = replace(self.reading.validation or self.reading, threads=self.reading.threads)
+        with reading.open(self.validation, place) as reader:
             for tensors in reader:
                 total = len(next(iter(tensors.values())))
                 parts = -(-total // rows)

@@ -9,6 +9,7 @@ one. Rows are counted by `sparkdl.io.inspection` before the fit, and made by `sp
 import base64
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from sparkdl.errors import ConfigError, DataError
+from sparkdl.io.draw import Draw
 from sparkdl.io.filters import filter_columns
 from sparkdl.io.folders import folder_texts, folder_value, infer_types
 from sparkdl.io.spark_jobs import run_job
@@ -127,6 +129,7 @@ class DiscoveredDataset:
         partition_types: Types of the folders' columns.
         coded: Fields that a Petastorm codec decodes, by column.
         time_zone: Of timestamps in folder names.
+        draw: Which rows are drawn for validation; None: none are.
     """
 
     dataset: ParquetDataset
@@ -136,6 +139,7 @@ class DiscoveredDataset:
     partition_types: Mapping[str, pa.DataType]
     coded: Mapping[str, Any] = field(default_factory=dict)
     time_zone: str = "UTC"
+    draw: Draw | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -156,6 +160,20 @@ class DiscoveredDataset:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one row of the columns that a Petastorm codec decodes, where the Unischema states them."""
         return {name: coded.shape for name, coded in self.coded.items() if None not in coded.shape}
+
+    @property
+    def file_names(self) -> dict[str, str]:
+        """By path, the names of the files from the folder on that holds all that was asked for.
+
+        They are the same wherever the data set lies, and stay so when files are added.
+        """
+        paths = {entry.path for entry in self.files}
+        roots = [url.rpartition("/")[0] if url in paths else url.rstrip("/") for url in self.dataset.urls]
+        above = roots[0].split("/")
+        for root in roots[1:]:
+            both = zip(above, root.split("/"), strict=False)
+            above = [mine for mine, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+        return {path: "/".join(path.split("/")[len(above) :]) for path in paths}
 
 
 def list_files(dataset: ParquetDataset) -> tuple[FileEntry, ...]:

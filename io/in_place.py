@@ -17,6 +17,7 @@ from sparkdl.config import Column, Columns
 from sparkdl.errors import DataError
 from sparkdl.io.convert import null_rows, whole
 from sparkdl.io.dataset import DiscoveredDataset
+from sparkdl.io.draw import Draw
 from sparkdl.io.filters import filter_columns, filter_rows
 from sparkdl.io.folders import folder_texts, folder_value
 from sparkdl.io.plan import Piece
@@ -24,12 +25,14 @@ from sparkdl.io.unischema import as_lists, decode_unischema
 
 __all__ = [
     "InPlace",
+    "Split",
     "dropping_columns",
     "in_place",
     "kept_rows",
     "physical_columns",
     "select_rows",
     "source_columns",
+    "with_draw",
     "with_folders",
     "without_nulls",
 ]
@@ -51,6 +54,9 @@ class InPlace:
         coded: Fields among the columns that a Petastorm codec decodes.
         time_zone: Of timestamps in folder names.
         storage_options: For the store.
+        draw: Which rows are drawn for validation; None: none are.
+        file_names: Names of the files by path, for the draw.
+        validation: How validation rows are made, where they come from a data set of their own.
     """
 
     columns: Columns
@@ -62,6 +68,9 @@ class InPlace:
     coded: Mapping[str, Any]
     time_zone: str
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    draw: Draw | None = None
+    file_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    validation: "InPlace | None" = None
 
 
 def in_place(discovered: DiscoveredDataset, columns: Columns) -> InPlace:
@@ -81,6 +90,8 @@ def in_place(discovered: DiscoveredDataset, columns: Columns) -> InPlace:
         coded={name: one for name, one in discovered.coded.items() if name in used},
         time_zone=discovered.time_zone,
         storage_options=discovered.dataset.storage_options,
+        draw=discovered.draw,
+        file_names={} if discovered.draw is None else discovered.file_names,
     )
 
 
@@ -108,7 +119,7 @@ def select_rows(table: pa.Table, piece: Piece, *, context: InPlace, split: Split
     group = piece.row_group
     table = with_folders(table, context, group.path)
     if table.num_rows != group.rows:
-        table = kept_rows(table, context, split)
+        table = kept_rows(with_draw(table, context, group.path, group.index), context, split)
     if table.num_rows != group.rows:
         raise DataError(
             f"Row group {group.index} of {group.path} has {table.num_rows} rows to train on, but {group.rows} were "
@@ -139,6 +150,14 @@ def with_folders(table: pa.Table, context: InPlace, path: str) -> pa.Table:
         constant = pa.repeat(pa.scalar(value, kind), table.num_rows)
         table = table.append_column(name, constant)
     return table
+
+
+def with_draw(table: pa.Table, context: InPlace, path: str, index: int) -> pa.Table:
+    """The table of a whole row group with the column that says which rows are drawn, where rows are."""
+    if context.draw is None or context.columns.validation is None:
+        return table
+    drawn = context.draw.by_place(context.file_names[path], index, table.num_rows)
+    return table.append_column(context.columns.validation.name, pa.array(drawn))
 
 
 def kept_rows(table: pa.Table, context: InPlace, split: Split | None) -> pa.Table:

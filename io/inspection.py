@@ -27,6 +27,7 @@ from sparkdl.io.in_place import (
     kept_rows,
     physical_columns,
     source_columns,
+    with_draw,
     with_folders,
     without_nulls,
 )
@@ -242,7 +243,8 @@ class _Inspection:
     def _read(self, index: int, names: set[str]) -> pa.Table:
         wanted = [name for name in self._context.schema.names if name in names - self._context.partition_types.keys()]
         table = self._file.read_row_group(index, columns=wanted, use_threads=False)
-        return with_folders(table, self._context, self._entry.path)
+        table = with_folders(table, self._context, self._entry.path)
+        return with_draw(table, self._context, self._entry.path, index)
 
     def _never_null(self, index: int, name: str) -> bool:
         if name in self._context.partition_types:

@@ -20,7 +20,7 @@ from sparkdl.io.batches import RankData, Reading
 from sparkdl.io.cache import Cache, check_tier, find_free, plan_cache
 from sparkdl.io.decode import Decoder, Layout, Transform, stacked
 from sparkdl.io.feed import Standardise, row_nbytes
-from sparkdl.io.in_place import InPlace, physical_columns, select_rows
+from sparkdl.io.in_place import InPlace, Split, physical_columns, select_rows
 from sparkdl.io.plan import Piece, ShardPlan, plan_pieces, shards_of
 from sparkdl.io.stage import Facts, StagedDataset, open_spool
 from sparkdl.io.statistics import global_moments, global_vocabulary
@@ -235,18 +235,24 @@ def open_source(
         pass
     reading = Reading([column.field for column in columns])
     if in_place is not None:
-        reading = Reading(
-            physical_columns(in_place),
-            select=partial(select_rows, context=in_place, split="train"),
-            select_validation=partial(select_rows, context=in_place, split="validation"),
-            dictionaries=[column.name for column in columns if column.kind == "text"],
-            storage_options=in_place.storage_options,
-        )
+        second = in_place.validation
+        held = _reading(in_place, "validation") if second is None else _reading(second, "train")
+        reading = dataclasses.replace(_reading(in_place, "train"), validation=held)
     # What is known of all rows is told by one rank, so that it is counted once.
     facts = staged.facts if world.rank == 0 else dataclasses.replace(staged.facts, dropped=0)
     pieces = dict(enumerate(staged.pieces(spec.num_shards)))
     validation = list(plan_pieces(staged.validation, world.world_size)[world.rank])
     yield Source(spec, world, pieces, validation, facts, decoder, reading, fingerprint)
+
+
+def _reading(context: InPlace, split: Split) -> Reading:
+    """How rows of a split are read in place."""
+    return Reading(
+        physical_columns(context),
+        select=partial(select_rows, context=context, split=split),
+        dictionaries=[column.name for column in context.columns if column.kind == "text"],
+        storage_options=context.storage_options,
+    )
 
 
 def _with_words(columns: Columns, vocabularies: Mapping[str, Sequence[str]]) -> Columns:
