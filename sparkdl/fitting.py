@@ -91,14 +91,14 @@ class Job:
         columns: What to read of it.
         recipe: What the ranks train, and how.
         assemble: Parts of assembled columns.
-        validation: Validation rows that are not among ``rows``.
+        validation: Validation rows that are not among ``rows``, of the same kind.
     """
 
     rows: "Rows"
     columns: Columns
     recipe: Recipe
     assemble: Mapping[str, tuple[str, ...]]
-    validation: "Rows | None" = None
+    validation: Any = None
 
 
 class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any], Generic[M]):
