@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,6 +20,9 @@ _ARTIFACT = "model"
 _PARENT = "mlflow.parentRunId"
 _MOST_CHARACTERS = 6000  # of a param
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # of one request
+
+# Fits of one program begin at a time. A local store is made by whoever asks first, and lets experiments share a name.
+_creating = threading.Lock()
 
 T = TypeVar("T")
 
@@ -85,9 +89,11 @@ class _MlflowRun:
 
         self._tracker = tracker
         self._client = mlflow.MlflowClient(tracking_uri=tracker.tracking_uri)
-        parent = self._parent()
+        with _creating:
+            parent = self._parent()
+            experiment = self._experiment(parent)
         created = self._client.create_run(
-            self._experiment(parent),
+            experiment,
             start_time=int(run.started * 1000),
             tags={
                 "sparkdl.run_id": run.run_id,
@@ -149,8 +155,7 @@ class _MlflowRun:
     def _experiment(self, parent: Any) -> str:
         tracker = self._tracker
         if tracker.experiment is not None:
-            found = self._client.get_experiment_by_name(tracker.experiment)
-            return str(found.experiment_id if found is not None else self._create_experiment(tracker.experiment))
+            return str(self._named_experiment(tracker.experiment))
         if parent is not None:
             return str(parent.info.experiment_id)
         if tracker.tracking_uri is not None:
@@ -160,16 +165,18 @@ class _MlflowRun:
 
         return str(_get_experiment_id())
 
-    def _create_experiment(self, name: str) -> Any:
+    def _named_experiment(self, name: str) -> Any:
         from mlflow.exceptions import MlflowException
 
-        try:
-            return self._client.create_experiment(name)
-        except MlflowException:  # another fit was faster
-            found = self._client.get_experiment_by_name(name)
-            if found is None:
-                raise
-            return found.experiment_id
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return self._client.create_experiment(name)
+            except MlflowException:  # another program was faster
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return found.experiment_id
 
     def _log_model(self, model: Any) -> None:
         """Write the model to the run's artifacts.

@@ -89,7 +89,7 @@ class _WandbRun:
         except BaseException:
             _services.leave()
             raise
-        if self._run.url:
+        if not self._run.offline and self._run.url:
             logger.info("Weights & Biases: %s", self._run.url)
 
     def log_step(self, step: int, values: Mapping[str, float], time: float) -> None:
