@@ -50,11 +50,12 @@ class TensorRows:
         weight = {} if self.weight is None else {"weight": self.weight}
         tensors = {**inputs, **labels, **weight}
         for name, value in tensors.items():
-            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            if not isinstance(value, torch.Tensor):
                 raise ConfigError(
-                    f"{name!r} is {value!r}, not a tensor of rows. Give torch tensors, for numpy arrays "
-                    "torch.from_numpy(array)."
+                    f"{name!r} is of type {type(value).__name__}, not a torch.Tensor. Convert it: torch.as_tensor(...)."
                 )
+            if value.dim() == 0:
+                raise ConfigError(f"{name!r} is a single number. Its first dimension has to count the rows.")
         if len(tensors) < len(inputs) + len(labels) + len(weight):
             raise ConfigError(f"Inputs, labels and weight share a name: {[*inputs, *labels, *weight]}. Use others.")
         if not inputs or not labels:
@@ -290,5 +291,7 @@ def open_rows(
         seed=config.seed,
         validation=held,
         pin=pin,
-        fingerprint=plan.fingerprint(rows=rows.digest(), partitioning=partitioning, shuffle=shuffle, seed=config.seed),
+        fingerprint=plan.fingerprint(
+            digest=rows.digest(), partitioning=partitioning, shuffle=shuffle, seed=config.seed
+        ),
     )
