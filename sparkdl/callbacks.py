@@ -35,7 +35,7 @@ class RunView:
     """Optimizer steps of an epoch."""
 
     learning_rate: float
-    """Of the next step."""
+    """Of the last step."""
 
     loss: float
     """Mean loss of this rank's rows of the epoch so far; in `on_epoch_end`, of all ranks' rows."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkdl.batch import Batch
-from sparkdl.metrics import Metrics
 from sparkdl.objective import Objective
+
+if TYPE_CHECKING:
+    from sparkdl.metrics import Metrics
 
 __all__ = ["evaluate", "own_denominator", "refresh_batch_norm"]
 
@@ -28,7 +30,7 @@ def evaluate(
     objective: Objective,
     batches: Iterable[Batch],
     *,
-    metrics: Metrics | None,
+    metrics: "Metrics | None",
     logged: Sequence[str],
     over_ranks: Callable[..., Sequence[float]],
     device: torch.device,

@@ -22,6 +22,7 @@ from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
 from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.resources import find_settings, find_slots, profile_for
 from sparkdl.barrier.supervise import Restart, RestartPolicy, supervise
+from sparkdl.best import monitor_mode
 from sparkdl.callbacks import check_callbacks
 from sparkdl.checks import build_module, check_config, check_optimization, floating_dtype
 from sparkdl.config import Column, Columns, RunSpec, TrainConfig
@@ -42,7 +43,6 @@ from sparkdl.io.validation import (
     open_in_place,
     with_validation,
 )
-from sparkdl.metrics import Kind, check_metrics
 from sparkdl.model import (
     Fitted,
     TorchClassificationModel,
@@ -66,10 +66,13 @@ from sparkdl.progress import Progress
 from sparkdl.schedule import SchedulerRecipe
 from sparkdl.serialization import load_weights
 from sparkdl.task import RankResult, Recipe, run_rank
+from sparkdl.tracking import RunInfo, Tracking, as_of_this_thread, check_trackers, events_url, flat_params
 from sparkdl.trial import has_lazy_parts, materialise
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
+
+    from sparkdl.metrics import Kind
 
     Rows = DataFrame | DiscoveredDataset
 
@@ -106,7 +109,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
 
     _model_class: ClassVar[type[Any]]
     _input_kwargs: dict[str, Any]  # set by keyword_only
-    _kind: ClassVar[Kind] = "any"
+    _kind: "ClassVar[Kind]" = "any"
 
     def fit(self, dataset: "DataFrame | ParquetDataset", params: Any = None) -> Any:
         """Train.
@@ -125,7 +128,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
 
     def _fit(self, dataset: "DataFrame | ParquetDataset") -> M:
         started = time.perf_counter()
-        config, second = self._checked_config(), self._value("validationDataset")
+        config, second = self._known_mode(self._checked_config()), self._value("validationDataset")
         check_ways(
             dataset,
             indicator=self._value("validationIndicatorCol"),
@@ -155,6 +158,19 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             thresholds=None if thresholds is None else len(thresholds),
             encrypt_spool=find_settings(spark).get("spark.io.encryption.enabled", "false").lower() == "true",
         )
+        run = RunInfo(spec.run_id, flat_params(self._given()), type(self).__name__, self.uid, time.time())
+        with Tracking(self._value("trackers") or (), run, events_url(spec)) as tracking:
+            results, restarts, staged = self._train(spark, job, spec, profile, tracking)
+            summary = _summary(spec, results, restarts, staged=staged, events=tracking.events, started=started)
+            model = self._model(job, results[0], summary)
+            tracking.fitted(model)
+        return model
+
+    def _train(
+        self, spark: SparkSession, job: "Job", spec: RunSpec, profile: Any, tracking: Tracking
+    ) -> tuple[list[RankResult], list[Restart], bool]:
+        """What the ranks found, in their order; why they were started again; and whether all reach the same rows."""
+        config = spec.config
         policy = RestartPolicy(
             max_restarts=config.max_restarts,
             num_workers=config.num_train_workers,
@@ -170,6 +186,10 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                 missing.check()
             progress = stack.enter_context(Progress(shown=config.verbose))
 
+            def take(event: dict[str, Any]) -> None:
+                progress(event)
+                tracking(event)
+
             def run(attempt: int, ranks: int) -> list[list[bytes]]:
                 this = dataclasses.replace(
                     spec,
@@ -181,7 +201,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
                     functools.partial(run_rank, this, rows.staged, rows.in_place),
                     world_size=ranks,
                     run_id=spec.run_id,
-                    on_event=progress,
+                    on_event=take,
                     attempt=attempt,
                     timeouts=config.timeouts,
                     directory=spec.checkpoint_url,
@@ -194,7 +214,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         results = [RankResult.of_chunks(found) for found in chunks]
         if held_out and "validation_loss" not in results[0].history[-1]:
             logger.warning("%s", missing)
-        return self._model(job, spec, rows.staged is not None, results, restarts, time.perf_counter() - started)
+        return results, restarts, rows.staged is not None
 
     def _open_rows(self, stack: contextlib.ExitStack, job: Job, spec: RunSpec, spark: SparkSession) -> "_OpenRows":
         """The rows where ranks can read them, whatever the number of ranks; staged ones are removed at the end."""
@@ -210,16 +230,8 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             staged = with_validation(staged, stage_dataset(second, columns, f"{directory}/second"), columns)
         return _OpenRows(spark, None, staged)
 
-    def _model(
-        self,
-        job: "Job",
-        spec: RunSpec,
-        staged: bool,
-        results: Sequence[RankResult],
-        restarts: Sequence[Restart],
-        seconds: float,
-    ) -> M:
-        first, module, objective = results[0], job.recipe.module, job.recipe.objective
+    def _model(self, job: "Job", first: RankResult, summary: TrainingSummary) -> M:
+        module, objective = job.recipe.module, job.recipe.objective
         if has_lazy_parts(module):
             materialise(module, objective, first.inputs)
         load_weights(module, first.weights)
@@ -228,7 +240,6 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         copy_params(self, model)
         if first.vocabularies:
             model._set(vocabularies={**(self._value("vocabularies") or {}), **first.vocabularies})
-        history = History(first.history)
         model._fitted = Fitted(
             module=fitted_copy(module),
             floating=floating_dtype(module),
@@ -239,35 +250,21 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             input_names=objective.input_names,
             assemble=job.assemble,
             moments=first.moments,
-            history=history,
-            summary=TrainingSummary(
-                objectiveHistory=tuple(record["loss"] for record in history),
-                totalIterations=history[-1]["step"] if history else 0,
-                worldSize=len(results),
-                numShards=spec.num_shards,
-                device=first.device,
-                backend="nccl" if first.device.startswith("cuda") else "gloo",
-                threads=first.threads,
-                rows=sum(result.rows for result in results),
-                droppedRows=first.dropped,
-                rankRows=tuple(result.rows for result in results),
-                rankShards=tuple(tuple(result.shards) for result in results),
-                cache=first.cache,
-                staged=staged,
-                seconds=seconds,
-                restarts=tuple(f"{restart.reason} Started again with {restart.ranks} ranks." for restart in restarts),
-                checkpoints=spec.checkpoint_url,
-                bestEpoch=first.best_epoch,
-                timeSplit={
-                    name: sum(result.seconds[name] for result in results) / len(results) for name in first.seconds
-                },
-                rankSeconds=tuple(result.seconds["compute"] for result in results),
-                rankMemory=tuple(result.memory for result in results),
-                rankMicroBatchSize=tuple(result.micro_batch_size for result in results),
-                rowsPerSecond=_rows_per_second(history),
-            ),
+            history=History(first.history),
+            summary=summary,
         )
         return model  # type: ignore[no-any-return]
+
+    def _given(self) -> dict[str, Any]:
+        """The Params that have a value, by name."""
+        return {param.name: self._value(param.name) for param in self.params if self._value(param.name) is not None}
+
+    def copy(self, extra: Any = None) -> Any:
+        """A copy; see `pyspark.ml.param.Params.copy`."""
+        made = super().copy(extra)
+        trackers = made._value("trackers")
+        # CrossValidator copies in the thread of its caller, where MLflow's active run is known, and fits in others.
+        return made if trackers is None else made._set(trackers=as_of_this_thread(trackers))
 
     # ---- checks before any job ---------------------------------------------------------------------------------------
     def _checked_config(self) -> TrainConfig:
@@ -280,6 +277,17 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         check_config(config)
         return config
 
+    def _known_mode(self, config: TrainConfig) -> TrainConfig:
+        """The config, with the mode of a monitored metric where the metric itself knows it."""
+        metrics, name = self._value("metrics"), (config.monitor or "").removeprefix("validation_")
+        if not metrics or config.monitor_mode != "auto":
+            return config
+        from sparkdl.metrics import check_metrics, higher_is_better
+
+        check_metrics(metrics, self._kind)
+        higher = higher_is_better(metrics).get(name)
+        return config if higher is None else dataclasses.replace(config, monitor_mode="max" if higher else "min")
+
     def _checked(self, dataset: "Rows", config: TrainConfig, second: "Rows | None" = None) -> "Job":
         """Everything else that can be known to be wrong without a job.
 
@@ -291,7 +299,11 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         loss = self._checked_loss()
         optimizer, scheduler = self._optimizer_recipe(), self._scheduler_recipe(config)
         metrics, callbacks = self._value("metrics"), check_callbacks(self._value("callbacks"))
-        check_metrics(metrics, self._kind)
+        if metrics:
+            from sparkdl.metrics import check_metrics
+
+            check_metrics(metrics, self._kind)
+        check_trackers(self._value("trackers"))
         transform = self._value("transform")
         if transform is not None and not callable(transform):
             raise ConfigError(f"transform={transform!r} is not a function. Give one from a dict of columns to a dict.")
@@ -321,6 +333,8 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             check_partitioning(dataset, config.partitioning, config.partition_key_col)
         objective = self._objective(loss, columns, shows_output=self._kind != "any" or bool(metrics))
         recipe = Recipe(module, objective, optimizer, scheduler, transform, metrics, self._kind, callbacks)
+        if columns.validation is None and config.validation_fraction is None and second is None:
+            _check_goes_without_validation(config, metrics)
         dataset, columns, second = hold_out(dataset, columns, config, second, spooled=_is_spooled(config))
         return Job(dataset, columns, recipe, assemble, second)
 
@@ -380,7 +394,10 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             return None
         if self._value("configure") is not None:
             raise ConfigError("scheduler and configure are both set. Return the scheduler from configure as well.")
-        return SchedulerRecipe(scheduler, params, config.scheduler_interval)
+        watched = config.monitor or "validation_loss"
+        return SchedulerRecipe(
+            scheduler, params, config.scheduler_interval, mode=monitor_mode(watched, config.monitor_mode)
+        )
 
     def _check_loss(self, loss: Callable[..., Any]) -> None:
         """Refuse losses that make no sense for this kind of estimator."""
@@ -446,10 +463,54 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         self._set(**objects)
 
 
-def _rows_per_second(history: History) -> float:
-    """Training rows by the time of their epochs."""
+def _check_goes_without_validation(config: TrainConfig, metrics: Any) -> None:
+    """Refuse what only validation rows can give, where there are none."""
+    monitors = config.monitor is not None and config.monitor.startswith("validation_")
+    if metrics or monitors:
+        asked = f"metrics={metrics!r}" if metrics else f"monitor={config.monitor!r}"
+        raise ConfigError(
+            f"{asked} needs validation rows, but none are held out. Set validationIndicatorCol, validationFraction or "
+            "validationDataset."
+        )
+
+
+def _summary(
+    spec: RunSpec,
+    results: Sequence[RankResult],
+    restarts: Sequence[Restart],
+    *,
+    staged: bool,
+    events: str,
+    started: float,
+) -> TrainingSummary:
+    first, ranks = results[0], len(results)
+    history = first.history
     rows, seconds = (sum(float(record[name]) for record in history) for name in ("rows", "seconds"))
-    return rows / seconds if seconds else math.nan
+    return TrainingSummary(
+        objectiveHistory=tuple(record["loss"] for record in history),
+        totalIterations=history[-1]["step"] if history else 0,
+        worldSize=ranks,
+        numShards=spec.num_shards,
+        device=first.device,
+        backend="nccl" if first.device.startswith("cuda") else "gloo",
+        threads=first.threads,
+        rows=sum(result.rows for result in results),
+        droppedRows=first.dropped,
+        rankRows=tuple(result.rows for result in results),
+        rankShards=tuple(tuple(result.shards) for result in results),
+        cache=first.cache,
+        staged=staged,
+        seconds=time.perf_counter() - started,
+        restarts=tuple(f"{restart.reason} Started again with {restart.ranks} ranks." for restart in restarts),
+        checkpoints=spec.checkpoint_url,
+        bestEpoch=first.best_epoch,
+        timeSplit={name: sum(result.seconds[name] for result in results) / ranks for name in first.seconds},
+        rankSeconds=tuple(result.seconds["compute"] for result in results),
+        rankMemory=tuple(result.memory for result in results),
+        rankMicroBatchSize=tuple(result.micro_batch_size for result in results),
+        rowsPerSecond=rows / seconds if seconds else math.nan,
+        events=events,
+    )
 
 
 def _active_session() -> SparkSession:

@@ -49,7 +49,8 @@ class Optimization:
         self._module = module
         self._config = config
         self._parameters = [value for value in module.parameters() if value.requires_grad]
-        self._device = self._parameters[0].device
+        self._smallest = min(self._parameters, key=torch.Tensor.numel)
+        self._device = self._smallest.device
         factor = scaled_rate_factor(config.batch_size, config.base_batch_size, config.learning_rate_scaling)
         self.optimizers, schedules = recipe.build(module, rate_scale=factor, interval=config.scheduler_interval)
         horizon = Horizon(steps_per_epoch, config.max_epochs, config.warmup_steps)
@@ -61,6 +62,7 @@ class Optimization:
         self._averages_from = (config.averaging_start - 1) * steps_per_epoch
         self._buffers: list[Tensor] = []
         self._skipped = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._learning_rate: float | None = None
         self.steps = 0
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -80,6 +82,10 @@ class Optimization:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss, shape (), to the gradients."""
+        if self._config.non_finite == "skip":
+            # The gradient of a loss that is no number may be one. Through that of the smallest parameter, all ranks see
+            # that the step is to be left out.
+            loss = loss + self._smallest.sum() * (loss.detach() * 0)
         self._scaler.scale(loss).backward()
 
     def step(self) -> bool:
@@ -96,6 +102,7 @@ class Optimization:
         if taken:
             if config.gradient_clip_value is not None:
                 clip_grad_value_(self._parameters, config.gradient_clip_value)
+            self._learning_rate = self._rates.current(self.steps)[0]
             with self._rates.warmed(self.steps):
                 for optimizer in self.optimizers:
                     self._scaler.step(optimizer)
@@ -150,8 +157,8 @@ class Optimization:
     # ---- what came of it ---------------------------------------------------------------------------------------------
     @property
     def learning_rate(self) -> float:
-        """Of the next step; that of the first group of the first optimizer."""
-        return self._rates.current(self.steps)[0]
+        """Of the last step, before the first of the next; that of the first group of the first optimizer."""
+        return self._rates.current(self.steps)[0] if self._learning_rate is None else self._learning_rate
 
     @property
     def skipped(self) -> int:

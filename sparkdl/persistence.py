@@ -14,6 +14,7 @@ import pickle
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
@@ -33,6 +34,7 @@ from sparkdl.serialization import (
     restore_module,
 )
 from sparkdl.storage import open_file_system
+from sparkdl.tracking import MLflow, TensorBoard, WeightsAndBiases
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -41,6 +43,8 @@ __all__ = ["FORMAT_VERSION", "ModuleReader", "ModuleWriter", "Saved"]
 
 FORMAT_VERSION = 1
 _PICKLE = "objects.pickle"
+_NEVER_SAVED = ("validationDataset",)  # rows are no setting
+_TRACKERS = (MLflow, TensorBoard, WeightsAndBiases)
 _ALLOW_CONF = "spark.sparkdl.allowPickle"
 
 
@@ -94,7 +98,11 @@ class ModuleWriter(MLWriter):
             "objects": described,
             "facts": instance._saved_facts(),
         }
-        plain = {param.name: value for param, value in instance._paramMap.items() if param.name not in described}
+        plain = {
+            param.name: value
+            for param, value in instance._paramMap.items()
+            if param.name not in described and param.name not in _NEVER_SAVED
+        }
         # The defaults are the class's own; those of another version must not come back.
         DefaultParamsWriter.saveMetadata(instance, path, spark, extraMetadata=extra, paramMap=plain)
         for name, content in files.items():
@@ -145,10 +153,8 @@ class ModuleReader(MLReader[Any]):
             elif "module" in described:
                 weights = read_file(spark, f"{path.rstrip('/')}/{_weights_file(role)}")
                 objects[role] = restore_module(described["module"], weights)
-            elif "import" in described:
-                objects[role] = resolve_function(described["import"])
             else:
-                objects[role] = described["value"]
+                objects[role] = _restored(described)
         instance = self._cls()
         instance._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(instance, {**metadata, "defaultParamMap": {}})
@@ -174,6 +180,13 @@ def _describe(thing: Any, role: str) -> tuple[dict[str, Any], bytes | None]:
         return {"module": describe_module(thing)}, dump_weights(thing)
     if thing is None or isinstance(thing, str):
         return {"value": thing}, None
+    if isinstance(thing, list | tuple) and not any(isinstance(entry, nn.Module) for entry in thing):
+        return {"list": [_describe(entry, role)[0] for entry in thing]}, None
+    if isinstance(thing, Mapping) and not any(isinstance(entry, nn.Module) for entry in thing.values()):
+        return {"dict": {name: _describe(entry, role)[0] for name, entry in thing.items()}}, None
+    if isinstance(thing, _TRACKERS):
+        fields = {name: value for name, value in asdict(thing).items() if not name.startswith("_")}
+        return {"tracker": type(thing).__name__, "fields": fields}, None
     path = path_of(thing)
     if path is None:
         raise PersistenceError(
@@ -182,6 +195,27 @@ def _describe(thing: Any, role: str) -> tuple[dict[str, Any], bytes | None]:
             '.option("allowPickle", "true").'
         )
     return {"import": path}, None
+
+
+def _restored(described: Mapping[str, Any]) -> Any:
+    """What `_describe` described, but for modules."""
+    if "import" in described:
+        return resolve_function(described["import"])
+    if "list" in described:
+        return [_restored(entry) for entry in described["list"]]
+    if "dict" in described:
+        return {name: _restored(entry) for name, entry in described["dict"].items()}
+    if "tracker" in described:
+        known: dict[str, Any] = {kind.__name__: kind for kind in _TRACKERS}
+        if described["tracker"] not in known:
+            raise PersistenceError(
+                f"The file holds a tracker of unknown kind {described['tracker']!r}. Was it written by a newer version?"
+            )
+        fields = described["fields"].items()
+        return known[described["tracker"]](
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields}
+        )
+    return described["value"]
 
 
 def _weights_file(role: str) -> str:

@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -27,7 +27,7 @@ from sparkdl.io.batches import RankData
 from sparkdl.io.decode import Layout, Transform, layout_of
 from sparkdl.io.in_place import InPlace
 from sparkdl.io.stage import Facts, StagedDataset
-from sparkdl.metrics import Kind, Metrics
+from sparkdl.io.validation import NoValidationRows, needs_validation
 from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
@@ -38,6 +38,9 @@ from sparkdl.serialization import dump_weights
 from sparkdl.source import Source, open_source
 from sparkdl.trainer import Trainer
 from sparkdl.trial import Trial, leave_no_trace, materialise, try_module
+
+if TYPE_CHECKING:
+    from sparkdl.metrics import Kind, Metrics
 
 __all__ = ["RankResult", "Recipe", "run_rank"]
 
@@ -63,7 +66,7 @@ class Recipe:
     scheduler: SchedulerRecipe | None
     transform: Transform | None
     metrics: Any
-    kind: Kind
+    kind: "Kind"
     callbacks: tuple[Callback, ...]
 
 
@@ -185,6 +188,9 @@ def run_rank(
         with rank.unanimously():
             found = _agreed(entries, spec.columns)
             _check_classes(spec, found.outputs, found.facts)
+            if spec.columns.validation is not None and not found.has_validation:
+                needed_by = needs_validation(config, metrics=bool(ready.recipe.metrics))
+                NoValidationRows(spec.columns, config, needed_by).check()
         recipe, device = ready.recipe, ready.device
         module, objective = recipe.module, recipe.objective
         inputs = [found.layout[column.field] for column in spec.columns.inputs]
@@ -228,7 +234,7 @@ def run_rank(
                     config,
                     device=device,
                     has_validation=found.has_validation,
-                    metrics=Metrics(recipe.metrics, kind=recipe.kind, device=device) if recipe.metrics else None,
+                    metrics=_build_metrics(recipe, device),
                     logged=found.logged,
                     callbacks=Callbacks(recipe.callbacks),
                     report=_reporter(rank),
@@ -329,6 +335,14 @@ def _agreed(entries: tuple[Entry, ...], columns: Columns) -> _Agreed:
         max(entry.facts["outputs"] for entry in entries),
         tuple(next((entry.facts["logged"] for entry in entries if entry.facts["logged"]), ())),
     )
+
+
+def _build_metrics(recipe: Recipe, device: torch.device) -> "Metrics | None":
+    if not recipe.metrics:
+        return None
+    from sparkdl.metrics import Metrics  # torchmetrics takes most of a second to import
+
+    return Metrics(recipe.metrics, kind=recipe.kind, device=device)
 
 
 def _peak_memory(device: torch.device) -> int:

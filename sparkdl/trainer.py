@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ from sparkdl.evaluation import evaluate, own_denominator, refresh_batch_norm
 from sparkdl.history import History
 from sparkdl.io.exchange import all_gather_rows
 from sparkdl.io.plan import ShardPlan, plan_deal
-from sparkdl.metrics import Metrics
 from sparkdl.objective import Objective
 from sparkdl.parallel import Strategy
 from sparkdl.serialization import load_state, state_of
+
+if TYPE_CHECKING:
+    from sparkdl.metrics import Metrics
 
 __all__ = ["EpochData", "Trainer"]
 
@@ -107,7 +109,7 @@ class Trainer:
         *,
         device: torch.device,
         has_validation: bool = False,
-        metrics: Metrics | None = None,
+        metrics: "Metrics | None" = None,
         logged: Sequence[str] = (),
         callbacks: Callbacks = NO_CALLBACKS,
         report: Report = lambda event: None,
@@ -140,8 +142,8 @@ class Trainer:
 
         Returns:
             One record per epoch, equal on all ranks but for the seconds: epoch (from 1), step (optimizer steps so far),
-            rows (read by all ranks), loss (mean over the rows of the epoch, as they were met), learning_rate (of the
-            step that comes next), seconds, rows_per_second, data_wait, compute and synchronisation (shares of the time,
+            rows (read by all ranks), loss (mean over the rows of the epoch, as they were met), learning_rate (of its
+            last step), seconds, rows_per_second, data_wait, compute and synchronisation (shares of the time,
             means over ranks), shard_rows_min, shard_rows_max and skew (the largest shard by the mean); what a training
             step returned besides the loss; where they may be, skipped_steps (whose gradients were not finite); with
             checkpoints, checkpoint (seconds that saving held up the loop); and with validation rows, validation_loss,
