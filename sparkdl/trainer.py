@@ -417,7 +417,7 @@ class Trainer:
         state = {
             "strategy": self._strategy.state_dict(),
             "reader": data.state_dict(),
-            "history": self._history,
+            "history": list(self._history),
             "sums": sums,
             "best": {"value": self._best.value, "epoch": self._best.epoch, "weights": self._best_weights},
         }
