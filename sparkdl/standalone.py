@@ -8,6 +8,7 @@ import contextlib
 import copy
 import gc
 import itertools
+import json
 import logging
 import os
 import platform
@@ -197,7 +198,6 @@ def fit_module(
         device = select_device(
             config.device, gpu_addresses=(), local_rank=world.local_rank, local_world_size=world.local_world_size
         )
-        _check_backend(device)
         data = open_rows(
             rows,
             config,
@@ -211,12 +211,15 @@ def fit_module(
 
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed)  # of the weights of lazy modules
+        trainable = {name for name, value in own.named_parameters() if value.requires_grad}
         freeze_parameters(own, config.frozen_parameters)
         example = rows.batch.part(0, _EXAMPLE_ROWS)
         columns = rows.columns
         sample = dict(zip([column.name for column in columns], _tensors(example.to(torch.device("cpu"))), strict=True))
         trial = try_module(own, objective, sample, columns)
         result = copy.deepcopy(own)  # what is done to a module for its training stays out of what the caller gets
+        for parameter_name, value in result.named_parameters():
+            value.requires_grad_(parameter_name in trainable)
         trained = prepare_module(own.to(device), config)
         objective.to(device)
         example = example.to(device)
@@ -336,12 +339,6 @@ def _for_world(config: TrainConfig, world: World) -> TrainConfig:
     return config
 
 
-def _check_backend(device: torch.device) -> None:
-    backend = dist.get_backend()
-    if backend == "nccl" and device.type == "cpu":
-        raise ConfigError("The process group's backend is nccl, which moves nothing on the CPU. Use gloo.")
-
-
 def _check_same(facts: str) -> None:
     """Raise on all processes alike where they hold different rows.
 
@@ -369,7 +366,7 @@ def _open_store(config: TrainConfig, world: World, *, resume: bool) -> tuple[Che
             found = newest.name if newest is not None else ""
         except SparkdlError as failed:
             error = str(failed)
-    found, error = (gather_texts(text, dist.group.WORLD)[0] for text in (found, error))
+    found, error = json.loads(gather_texts(json.dumps([found, error]), dist.group.WORLD)[0])
     if error:
         raise ConfigError(error)
     if found and not resume:
