@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -300,6 +301,17 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_place_for_checkpoints_that_cannot_be_opened_is_told():
     with pytest.raises(ConfigError, match="unheard-of"):
         fit(replace(CONFIG, checkpoint_dir="unheard-of://bucket/run"))
+
+
+def test_the_code_of_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "standalone.md").read_text(), re.DOTALL)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/standalone.md", "exec"), scope)
+    assert len(blocks) == 3
+    assert (tmp_path / "runs" / "first" / "latest").is_file()
+    assert len(scope["result"].history) == 4
 
 
 # ---- in the ranks ----------------------------------------------------------------------------------------------------
