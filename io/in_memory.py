@@ -214,7 +214,8 @@ class InMemoryData:
 
     def _order(self, epoch: int, shard: int) -> Int64:
         """Places of the rows of a shard in the order in which the epoch takes them."""
-        places = np.array(self.shards[shard], np.int64)
+        rows = self.shards[shard]
+        places = np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
         whole = [Piece(RowGroup("", 0, len(places)), 0, len(places))] if len(places) else []
         settings = {"seed": self.seed, "epoch": epoch, "shard": shard}
         if self.shuffle == "none":
