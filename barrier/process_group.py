@@ -29,7 +29,7 @@ from sparkdl.barrier.rendezvous import StoreAddress
 from sparkdl.barrier.world import World
 from sparkdl.errors import LaunchError
 
-__all__ = ["interface_of", "is_communication_error", "process_group"]
+__all__ = ["environment", "interface_of", "is_communication_error", "process_group"]
 
 logger = logging.getLogger(__name__)
 

@@ -341,6 +341,9 @@ class RunSpec:
     window_bytes: int = 64 << 20
     """Size of one shard's shuffle window in memory."""
 
+    rate_search: tuple[float, float, int] | None = None
+    """Learning rates to try instead of training: the first, the last, and the number of steps."""
+
     encrypt_spool: bool = False
     """Rows that ranks spool to their local disks are encrypted, and none are kept there in the clear. To be set where
     ``spark.io.encryption.enabled`` is, which only the driver can see."""

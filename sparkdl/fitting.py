@@ -22,7 +22,6 @@ from sparkdl.barrier.launch import dumps, launch_stage, new_run_id
 from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.resources import find_settings, find_slots, profile_for
 from sparkdl.barrier.supervise import Restart, RestartPolicy, supervise
-from sparkdl.best import monitor_mode
 from sparkdl.callbacks import check_callbacks
 from sparkdl.checks import build_module, check_config, check_optimization, floating_dtype
 from sparkdl.config import Column, Columns, RunSpec, TrainConfig
@@ -43,6 +42,7 @@ from sparkdl.io.validation import (
     open_in_place,
     with_validation,
 )
+from sparkdl.learning_rate import LearningRateSearch, plan_rates
 from sparkdl.model import (
     Fitted,
     TorchClassificationModel,
@@ -53,17 +53,14 @@ from sparkdl.model import (
     copy_params,
     fitted_copy,
 )
-from sparkdl.objective import Objective, TrainingStep, build_loss
-from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.params import (
-    TrainParams,
     column_rules,
     rules_of_targets,
 )
 from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
 from sparkdl.preparation import check_preparation
 from sparkdl.progress import Progress
-from sparkdl.schedule import SchedulerRecipe
+from sparkdl.recipes import RecipeParams, check_goes_without_validation
 from sparkdl.serialization import load_weights
 from sparkdl.task import RankResult, Recipe, run_rank
 from sparkdl.tracking import RunInfo, Tracking, as_of_this_thread, check_trackers, events_url, flat_params
@@ -71,8 +68,6 @@ from sparkdl.trial import has_lazy_parts, materialise
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
-
-    from sparkdl.metrics import Kind
 
     Rows = DataFrame | DiscoveredDataset
 
@@ -104,12 +99,28 @@ class Job:
     validation: Any = None
 
 
-class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any], Generic[M]):
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A fit before its first job.
+
+    Attributes:
+        spark: The session.
+        job: What was found possible.
+        spec: What the ranks are told.
+        profile: The resource profile of their stage, if any.
+    """
+
+    spark: SparkSession
+    job: Job
+    spec: RunSpec
+    profile: Any
+
+
+class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any], Generic[M]):
     """Common to all Estimators: checks before the first job, one fit, one way to be saved."""
 
     _model_class: ClassVar[type[Any]]
     _input_kwargs: dict[str, Any]  # set by keyword_only
-    _kind: "ClassVar[Kind]" = "any"
 
     def fit(self, dataset: "DataFrame | ParquetDataset", params: Any = None) -> Any:
         """Train.
@@ -126,9 +137,61 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         """
         return super().fit(dataset, params)  # type: ignore[arg-type]
 
+    def findLearningRate(
+        self,
+        dataset: "DataFrame | ParquetDataset",
+        start: float = 1e-7,
+        end: float = 10.0,
+        numSteps: int = 100,
+    ) -> LearningRateSearch:
+        """Take some optimizer steps with rising learning rates, to see which ones make the loss fall.
+
+        The steps are those of a fit with these Params, on as many ranks, but for schedules, averages and checkpoints.
+        Nothing is kept of them: neither this Estimator nor its module changes.
+
+        Args:
+            dataset: As for `fit`.
+            start: The first learning rate.
+            end: The last one.
+            numSteps: Steps between them; fewer are taken where the loss diverges.
+
+        Returns:
+            Rates and losses, a suggestion, and a picture.
+
+        Raises:
+            SparkdlError: As `fit`; or there are no such rates.
+        """
+        plan_rates(start, end, numSteps)
+        config = dataclasses.replace(
+            self._checked_config(), checkpoint_dir=None, checkpoint_interval=None, checkpoint_seconds=None,
+            averaging="none", averaging_start=1, warmup_steps=0, verbose=False,
+        )  # fmt: skip
+        prepared = self._prepared(dataset, config)
+        job = dataclasses.replace(prepared.job, recipe=dataclasses.replace(prepared.job.recipe, scheduler=None))
+        spec = dataclasses.replace(prepared.spec, payload=_pickled(job.recipe), rate_search=(start, end, numSteps))
+        results, _, _ = self._train(dataclasses.replace(prepared, job=job, spec=spec), lambda event: None)
+        assert results[0].rate_search is not None
+        return results[0].rate_search
+
     def _fit(self, dataset: "DataFrame | ParquetDataset") -> M:
         started = time.perf_counter()
-        config, second = self._known_mode(self._checked_config()), self._value("validationDataset")
+        prepared = self._prepared(dataset, self._known_mode(self._checked_config()))
+        spec = prepared.spec
+        run = RunInfo(spec.run_id, flat_params(self._given()), type(self).__name__, self.uid, time.time())
+        with Tracking(self._value("trackers") or (), run, events_url(spec)) as tracking:
+            results, restarts, staged = self._train(prepared, tracking)
+            summary = _summary(spec, results, restarts, staged=staged, events=tracking.events, started=started)
+            model = self._model(prepared.job, results[0], summary)
+            tracking.fitted(model)
+        return model
+
+    def _prepared(self, dataset: "DataFrame | ParquetDataset", config: TrainConfig) -> "_Prepared":
+        """All that can be known before the first job of a fit.
+
+        Raises:
+            SparkdlError: The fit is not possible.
+        """
+        second = self._value("validationDataset")
         check_ways(
             dataset,
             indicator=self._value("validationIndicatorCol"),
@@ -142,13 +205,12 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         else:
             spark = dataset.sparkSession
             job = self._checked(dataset, config, second)
-        payload = dumps(job.recipe, "module, loss, optimizer, transform and what else the ranks call")
+        payload = _pickled(job.recipe)
         profile = profile_for(spark, config.device)
         report = preflight(spark, _request(config), profile=profile)
         report.raise_errors()
         if report.slots is not None:
             logger.info("numTrainWorkers: %d of %d slots used", config.num_train_workers, report.slots)
-
         thresholds = self._value("thresholds") if self.hasParam("thresholds") else None
         spec = RunSpec(
             run_id=new_run_id(),
@@ -158,18 +220,13 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
             thresholds=None if thresholds is None else len(thresholds),
             encrypt_spool=find_settings(spark).get("spark.io.encryption.enabled", "false").lower() == "true",
         )
-        run = RunInfo(spec.run_id, flat_params(self._given()), type(self).__name__, self.uid, time.time())
-        with Tracking(self._value("trackers") or (), run, events_url(spec)) as tracking:
-            results, restarts, staged = self._train(spark, job, spec, profile, tracking)
-            summary = _summary(spec, results, restarts, staged=staged, events=tracking.events, started=started)
-            model = self._model(job, results[0], summary)
-            tracking.fitted(model)
-        return model
+        return _Prepared(spark, job, spec, profile)
 
     def _train(
-        self, spark: SparkSession, job: "Job", spec: RunSpec, profile: Any, tracking: Tracking
+        self, prepared: "_Prepared", on_event: Callable[[dict[str, Any]], None]
     ) -> tuple[list[RankResult], list[Restart], bool]:
         """What the ranks found, in their order; why they were started again; and whether all reach the same rows."""
+        spark, job, spec, profile = prepared.spark, prepared.job, prepared.spec, prepared.profile
         config = spec.config
         policy = RestartPolicy(
             max_restarts=config.max_restarts,
@@ -188,7 +245,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
 
             def take(event: dict[str, Any]) -> None:
                 progress(event)
-                tracking(event)
+                on_event(event)
 
             def run(attempt: int, ranks: int) -> list[list[bytes]]:
                 this = dataclasses.replace(
@@ -212,7 +269,7 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         if not all(chunks):  # Spark sees that a plan has no rows, and starts no tasks for it
             raise DataError("The DataFrame has no rows to train on. Check the filters and joins before fit.")
         results = [RankResult.of_chunks(found) for found in chunks]
-        if held_out and "validation_loss" not in results[0].history[-1]:
+        if held_out and results[0].history and "validation_loss" not in results[0].history[-1]:
             logger.warning("%s", missing)
         return results, restarts, rows.staged is not None
 
@@ -277,17 +334,6 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         check_config(config)
         return config
 
-    def _known_mode(self, config: TrainConfig) -> TrainConfig:
-        """The config, with the mode of a monitored metric where the metric itself knows it."""
-        metrics, name = self._value("metrics"), (config.monitor or "").removeprefix("validation_")
-        if not metrics or config.monitor_mode != "auto":
-            return config
-        from sparkdl.metrics import check_metrics, higher_is_better
-
-        check_metrics(metrics, self._kind)
-        higher = higher_is_better(metrics).get(name)
-        return config if higher is None else dataclasses.replace(config, monitor_mode="max" if higher else "min")
-
     def _checked(self, dataset: "Rows", config: TrainConfig, second: "Rows | None" = None) -> "Job":
         """Everything else that can be known to be wrong without a job.
 
@@ -334,73 +380,9 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         objective = self._objective(loss, columns, shows_output=self._kind != "any" or bool(metrics))
         recipe = Recipe(module, objective, optimizer, scheduler, transform, metrics, self._kind, callbacks)
         if columns.validation is None and config.validation_fraction is None and second is None:
-            _check_goes_without_validation(config, metrics)
+            check_goes_without_validation(config, metrics)
         dataset, columns, second = hold_out(dataset, columns, config, second, spooled=_is_spooled(config))
         return Job(dataset, columns, recipe, assemble, second)
-
-    def _checked_loss(self) -> Callable[..., Any] | None:
-        """The loss; None where a training step computes its own."""
-        step, name = self._value("trainingStep"), type(self).__name__
-        for param in ("trainingStep", "predictionStep"):
-            if self._value(param) is not None and not callable(self._value(param)):
-                raise ConfigError(f"{param}={self._value(param)!r} is not a function. Give one of (module, batch).")
-        if step is not None:
-            if self.isSet("loss") and self._value("loss") is not None:
-                raise ConfigError(
-                    f"loss={self._value('loss')!r} and trainingStep are both set. Set one: a trainingStep computes its "
-                    "own loss."
-                )
-            return None
-        if self._value("loss") is None:
-            raise ConfigError(
-                f"{name} needs a loss: a name, a torch loss module or a function; or a trainingStep, which computes "
-                "its own."
-            )
-        loss = build_loss(self._value("loss"))
-        self._check_loss(loss)
-        return loss
-
-    def _objective(self, loss: Callable[..., Any] | None, columns: Columns, *, shows_output: bool) -> Objective:
-        binary, step = self._kind == "class", self._value("predictionStep")
-        if loss is None:
-            return TrainingStep(
-                self._value("trainingStep"), columns, binary=binary, prediction_step=step, shows_output=shows_output
-            )
-        return Objective(
-            loss, binary=binary, prediction_step=step, input_names=[column.name for column in columns.inputs]
-        )
-
-    def _optimizer_recipe(self) -> OptimizerRecipe:
-        configure = self._value("configure")
-        if configure is not None and self.isSet("optimizer"):
-            raise ConfigError(
-                f"optimizer={self._value('optimizer')!r} and configure are both set. Set one: configure makes its own "
-                "optimizers."
-            )
-        return OptimizerRecipe(
-            self._value("optimizer"),
-            self._value("learningRate"),
-            self._value("optimizerParams") or {},
-            weight_decay=self._value("weightDecay"),
-            parameter_groups=self._value("parameterGroups") or {},
-            configure=configure,
-        )
-
-    def _scheduler_recipe(self, config: TrainConfig) -> SchedulerRecipe | None:
-        scheduler, params = self._value("scheduler"), self._value("schedulerParams") or {}
-        if scheduler is None:
-            if params:
-                raise ConfigError(f"schedulerParams={params!r} are set, but there is no scheduler. Name one.")
-            return None
-        if self._value("configure") is not None:
-            raise ConfigError("scheduler and configure are both set. Return the scheduler from configure as well.")
-        watched = config.monitor or "validation_loss"
-        return SchedulerRecipe(
-            scheduler, params, config.scheduler_interval, mode=monitor_mode(watched, config.monitor_mode)
-        )
-
-    def _check_loss(self, loss: Callable[..., Any]) -> None:
-        """Refuse losses that make no sense for this kind of estimator."""
 
     @abstractmethod
     def _output_names(self) -> list[str]:
@@ -463,15 +445,8 @@ class TorchTrainer(Estimator[M], TrainParams, Saved, MLWritable, MLReadable[Any]
         self._set(**objects)
 
 
-def _check_goes_without_validation(config: TrainConfig, metrics: Any) -> None:
-    """Refuse what only validation rows can give, where there are none."""
-    monitors = config.monitor is not None and config.monitor.startswith("validation_")
-    if metrics or monitors:
-        asked = f"metrics={metrics!r}" if metrics else f"monitor={config.monitor!r}"
-        raise ConfigError(
-            f"{asked} needs validation rows, but none are held out. Set validationIndicatorCol, validationFraction or "
-            "validationDataset."
-        )
+def _pickled(recipe: Recipe) -> bytes:
+    return dumps(recipe, "module, loss, optimizer, transform and what else the ranks call")
 
 
 def _summary(

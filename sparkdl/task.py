@@ -28,6 +28,7 @@ from sparkdl.io.decode import Layout, Transform, layout_of
 from sparkdl.io.in_place import InPlace
 from sparkdl.io.stage import Facts, StagedDataset
 from sparkdl.io.validation import NoValidationRows, needs_validation
+from sparkdl.learning_rate import LearningRateSearch
 from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
@@ -91,6 +92,7 @@ class RankResult:
         memory: Most bytes that the rank used: of the GPU that it trained on, else of its process.
         micro_batch_size: Rows of one forward at most, in the end.
         best_epoch: The epoch with the best value of 'monitor', from 1; 0 where there was none.
+        rate_search: What was found where learning rates were searched; None where the rank trained.
     """
 
     history: History
@@ -109,6 +111,7 @@ class RankResult:
     memory: int
     micro_batch_size: int | None
     best_epoch: int
+    rate_search: LearningRateSearch | None
 
     def to_chunks(self) -> Iterator[bytes]:
         """The result in pieces that a Spark row carries easily."""
@@ -120,7 +123,12 @@ class RankResult:
     @classmethod
     def of_chunks(cls, parts: list[bytes]) -> "RankResult":
         """The inverse of `to_chunks`."""
-        return cls(**json.loads(parts[0]), weights=b"".join(parts[1:]))
+        facts = json.loads(parts[0])
+        searched = facts["rate_search"]
+        if searched is not None:
+            rates = {name: tuple(searched[name]) for name in ("learning_rates", "losses", "smoothed")}
+            facts["rate_search"] = LearningRateSearch(**rates, lag=searched["lag"], stopped=searched["stopped"])
+        return cls(**facts, weights=b"".join(parts[1:]))
 
 
 def run_rank(
@@ -247,7 +255,8 @@ def run_rank(
                     trainer.load_state_dict(data, store.load(name))
                 if rank.world.rank == 0:
                     _announce(spec, rank, device, threads, data)
-                history = trainer.fit(data)
+                searched = trainer.search_learning_rate(data, *spec.rate_search) if spec.rate_search else None
+                history = trainer.fit(data) if searched is None else History()
             strategy.close()
         result = RankResult(
             history=history,
@@ -266,6 +275,7 @@ def run_rank(
             memory=_peak_memory(device),
             micro_batch_size=strategy.micro_batch_size,
             best_epoch=trainer.best_epoch,
+            rate_search=searched,
         )
         yield from result.to_chunks()
 

@@ -1,10 +1,11 @@
 """The training loop of one rank. Knows nothing of Spark: it runs wherever a process group is up."""
 
 import contextlib
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,7 @@ from sparkdl.evaluation import evaluate, own_denominator, refresh_batch_norm
 from sparkdl.history import History
 from sparkdl.io.exchange import all_gather_rows
 from sparkdl.io.plan import ShardPlan, plan_deal
+from sparkdl.learning_rate import LearningRateSearch, search_learning_rate
 from sparkdl.objective import Objective
 from sparkdl.parallel import Strategy
 from sparkdl.serialization import load_state, state_of
@@ -185,6 +187,38 @@ class Trainer:
             self._tell_callbacks(error, plan)
             raise
         return self._history
+
+    def search_learning_rate(self, data: EpochData, start: float, end: float, num_steps: int) -> LearningRateSearch:
+        """Take steps with rising learning rates instead of training; see `sparkdl.learning_rate`.
+
+        Raises:
+            ConfigError: There are no such rates.
+        """
+        groups = [group for one in self._strategy.optimization.optimizers for group in one.param_groups]
+        shares = [group["lr"] / groups[0]["lr"] for group in groups]
+        steps = self._endlessly(data)
+
+        def train_step(number: int, rate: float) -> float:
+            for group, share in zip(groups, shares, strict=True):
+                group["lr"] = rate * share
+            batch, batch_rows = next(steps)
+            own, everyone = self._denominators(batch, batch_rows)
+            result = self._strategy.train_step(batch, everyone)
+            self._done += 1
+            loss, denominator = self._over_ranks(float(result.loss), own)
+            return loss / (denominator or 1.0)
+
+        with contextlib.closing(steps):
+            self._strategy.module.train()
+            return search_learning_rate(train_step, start=start, end=end, num_steps=num_steps)
+
+    def _endlessly(self, data: EpochData) -> Generator[tuple[Batch, int], None, None]:
+        """The batches of one epoch after another, each with the rows of its step."""
+        for epoch in itertools.count():
+            with data.open_epoch(epoch) as batches:
+                for step, batch in enumerate(batches):
+                    self._clock.at("compute", self._done)
+                    yield batch.to(self._device), data.plan.batch_rows(step)
 
     @property
     def module(self) -> nn.Module:

@@ -22,6 +22,7 @@ PACKAGES = {
     "sparkdl.parallel": "sparkdl/parallel",
     "sparkdl.checkpoint": "sparkdl/checkpoint",
     "sparkdl.examples": "sparkdl/examples",
+    "sparkdl.tracking": "sparkdl/tracking",
     "sparkdl.barrier": "barrier",
     "sparkdl.io": "io",
 }
@@ -29,14 +30,20 @@ PACKAGES = {
 # Top row first. A name covers the module and all modules below it.
 LAYERS = (
     ("examples",),
-    ("cli", "estimator", "fitting", "checks", "model", "params", "persistence", "standalone"),
+    (
+        "cli", "estimator", "fitting", "recipes", "checks", "model", "params", "persistence", "tracking", "adapters",
+        "standalone",
+    ),
     ("daemon",),
     ("task", "source", "predict"),
-    ("trainer",),
-    ("parallel", "checkpoint", "objective", "optimizer", "serialization", "progress"),
+    ("trainer", "evaluation", "epoch_sums"),
+    (
+        "parallel", "checkpoint", "objective", "optimization", "optimizer", "schedule", "learning_rate", "preparation",
+        "trial", "metrics", "named_metrics", "callbacks", "best", "history", "serialization", "progress",
+    ),
     ("barrier", "io"),
     ("errors", "config", "storage", "batch"),
-)
+)  # fmt: skip
 # In one row, and yet strangers.
 SIBLINGS = ("barrier", "io")
 
@@ -45,9 +52,21 @@ SPARK_FREE = (
     "examples",
     "standalone",
     "trainer",
+    "evaluation",
+    "epoch_sums",
     "parallel",
     "objective",
+    "optimization",
     "optimizer",
+    "schedule",
+    "learning_rate",
+    "preparation",
+    "trial",
+    "metrics",
+    "named_metrics",
+    "callbacks",
+    "best",
+    "history",
     "checkpoint",
     "serialization",
     "barrier.world",

@@ -17,6 +17,8 @@ import sparkdl
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
+    "Callback",
+    "RunView",
     "SparkdlError",
     "TorchClassificationModel",
     "TorchClassifier",

@@ -160,7 +160,9 @@ def test_the_best_weights_come_back(watched: TorchClassificationModel) -> None:
 
 def test_what_looks_at_validation_rows_needs_some(rows: DataFrame) -> None:
     estimator = TorchClassifier(module=mlp(), validationIndicatorCol="none", metrics=["accuracy"], maxEpochs=1)
-    with pytest.raises(DataError, match="'none' is true in no row, but metrics needs validation rows. Check how it is"):
+    with pytest.raises(
+        DataError, match=r"'none' is true in no row, but metrics needs validation rows. Check how it is"
+    ):
         estimator.fit(rows.withColumn("none", F.lit(False)))
     with pytest.raises(ConfigError, match=r"metrics=\['accuracy'\] needs validation rows, but none are held out"):
         TorchClassifier(module=mlp(), metrics=["accuracy"]).fit(rows)
@@ -245,6 +247,24 @@ def test_a_step_and_a_loss_exclude_each_other(rows: DataFrame) -> None:
         TorchRegressor(module=mlp(1), loss="mse", trainingStep=both_losses).fit(rows)
     with pytest.raises(ConfigError, match="trainingStep=3 is not a function"):
         TorchEstimator(module=mlp(1), trainingStep=3).fit(rows)
+
+
+# ---- looking for a learning rate -------------------------------------------------------------------------------------
+def test_a_learning_rate_is_suggested_that_makes_the_loss_fall(rows: DataFrame) -> None:
+    module = mlp()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    estimator = TorchClassifier(
+        module=module, optimizer="sgd", batchSize=32, numTrainWorkers=2, scheduler="StepLR",
+        schedulerParams={"step_size": 1}, verbose=False,
+    )  # fmt: skip
+    search = estimator.findLearningRate(rows, start=1e-4, end=100.0, numSteps=60)
+    assert search.learning_rates[0] == 1e-4
+    assert len(search.learning_rates) == len(search.losses) <= 60
+    assert 0.01 < (search.suggestion or 0.0) < 10
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert search.plot().axes
+    with pytest.raises(ConfigError, match=r"start=1\.0 and end=1\.0 are no range of learning rates"):
+        estimator.findLearningRate(rows, start=1.0, end=1.0)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
