@@ -25,7 +25,7 @@ from sparkdl.config import Column, Columns, TrainConfig
 from sparkdl.errors import ConfigError, DataError
 from sparkdl.io import ParquetDataset
 from sparkdl.io.stage import deal_rows
-from sparkdl.io.validation import hold_out
+from sparkdl.io.validation import DATASET, hold_out
 from tests.spark.modules import job_ids
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(120)]
@@ -214,10 +214,11 @@ def test_equal_rows_are_on_one_side_whatever_their_types(spark: SparkSession) ->
 def test_the_shards_are_those_of_a_fit_without_validation_also_where_both_end_in_a_shuffle(spark: SparkSession) -> None:
     """Adaptive execution would cut the partitions of both by the size of both."""
     columns = Columns((X,), (NUMBER,))
-    both = spark.range(0, 4000, 1, 4).groupBy("id").count().select("id", F.sin("id").alias("x"))
+    ids = (F.col("id") * 7 % 4000).alias("id")
+    both = spark.range(0, 4000, 1, 4).groupBy(ids).count().select("id", F.sin("id").alias("x"))
     train, second = both.filter("id % 3 > 0"), both.filter("id % 3 = 0")
     size, partitions = "spark.sql.adaptive.coalescePartitions.minPartitionSize", "spark.sql.shuffle.partitions"
-    settings = {size: "1kb", partitions: "16", "spark.sql.adaptive.advisoryPartitionSizeInBytes": "8kb"}
+    settings = {size: "1kb", partitions: "16"}
     before = {name: spark.conf.get(name, None) for name in settings}
     for name, value in settings.items():
         spark.conf.set(name, value)
@@ -231,7 +232,10 @@ def test_the_shards_are_those_of_a_fit_without_validation_also_where_both_end_in
         for partitioning in ("sample", "batch", "random"):
             union, read, _ = hold_out(train, columns, TrainConfig(num_shards=3), second, spooled=True)
             assert isinstance(union, DataFrame)
-            assert shards(union, read) == shards(train, columns), partitioning
+            expected = shards(train, columns)
+            assert shards(union, read) == expected, partitioning
+            plain = train.withColumn(DATASET, F.lit(False)).union(second.withColumn(DATASET, F.lit(True)))
+            assert shards(plain, read) != expected or partitioning == "batch", "the case that this test is about"
         held = deal_rows(union, read, num_shards=3, world_size=2).toArrow().to_pylist()
         ranks = Counter(row["shard"] for row in held if row["validation"])
         assert sorted(row["label_0"] for row in held if row["validation"]) == list(range(0, 4000, 3))
@@ -332,9 +336,8 @@ def test_a_fit_without_validation_rows_warns(
     assert model.history[0]["rows"] == 20
     (message,) = [record.getMessage() for record in caplog.records if "validation" in record.getMessage()]
     assert message.startswith(f"{found}: the fit goes without validation. ".replace("\\", ""))
-    if mode != "spooled":
-        with pytest.raises(DataError, match=rf"^{found}, but restoreBest needs validation rows\."):
-            regressor(restoreBest=True, **settings).fit(dataset)
+    with pytest.raises(DataError, match=rf"^{found}, but restoreBest needs validation rows\."):
+        regressor(restoreBest=True, **settings).fit(dataset)
 
 
 # ---- Spark Connect ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql.types import ArrayType, FloatType, LongType, MapType, StringType, StructField, StructType
 
@@ -117,6 +118,8 @@ def test_rows_are_counted_without_a_look_at_their_values(tmp_path: Path) -> None
     footer = int.from_bytes(content[-8:-4], "little") + 8
     content[4:-footer] = bytes(len(content) - footer - 4)
     path.write_bytes(bytes(content))
+    with pytest.raises(OSError, match="thrift|deserialize"):
+        pq.read_table(path)
     after = inspect_locally(*drawn(tmp_path))
     assert (after.train, after.validation) == (before.train, before.validation)
 
