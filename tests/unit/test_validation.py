@@ -118,7 +118,7 @@ def test_rows_are_counted_without_a_look_at_their_values(tmp_path: Path) -> None
     footer = int.from_bytes(content[-8:-4], "little") + 8
     content[4:-footer] = bytes(len(content) - footer - 4)
     path.write_bytes(bytes(content))
-    with pytest.raises(OSError, match="thrift|deserialize"):
+    with pytest.raises(OSError, match=r"thrift|deserialize"):
         pq.read_table(path)
     after = inspect_locally(*drawn(tmp_path))
     assert (after.train, after.validation) == (before.train, before.validation)
