@@ -251,7 +251,9 @@ class TrainConfig:
 
     validation_fraction: float | None = None
     """Part of the rows that is held out for validation, between 0 and 1. A row is drawn by a hash of the seed and its
-    values, so that equal rows are on one side, whatever the partitions."""
+    values, so that equal rows are on one side, whatever the partitions. Of Parquet read in place, a row is drawn by
+    where it lies: its file's path in the data set, row group and number. Rows stay on their side when files are added
+    or the whole is moved; written anew, they are drawn anew."""
 
     monitor: str | None = None
     """The entry of the history that early stopping, restoreBest and a scheduler of a metric look at. None:

@@ -27,7 +27,7 @@ from sparkdl.io.batches import RankData
 from sparkdl.io.decode import Layout, Transform, layout_of
 from sparkdl.io.in_place import InPlace
 from sparkdl.io.stage import Facts, StagedDataset
-from sparkdl.io.validation import NoValidationRows, needs_validation
+from sparkdl.io.validation import DATASET, NoValidationRows, needs_validation
 from sparkdl.learning_rate import LearningRateSearch
 from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
@@ -321,7 +321,8 @@ def _agreed(entries: tuple[Entry, ...], columns: Columns) -> _Agreed:
     rows = {int(shard): count for entry in entries for shard, count in entry.facts["shards"].items()}
     has_validation = any(entry.facts["validation"] for entry in entries)
     if not sum(rows.values()):
-        hint = " All rows are marked for validation." if has_validation else ""
+        marked = has_validation and columns.validation is not None and columns.validation.name != DATASET
+        hint = " All rows are marked for validation." if marked else ""
         raise DataError(f"The DataFrame has no rows to train on.{hint} Check the filters and joins before fit.")
     errors = {entry.rank: Failure(**entry.facts["error"]) for entry in entries if entry.facts["error"]}
     if errors:

@@ -80,7 +80,7 @@ def fit(*, balance: bool) -> tuple[History, Tensor, int]:
         recipe = OptimizerRecipe("sgd", 0.01)
         build = optimization_builder(recipe, None, config, steps_per_epoch=data.plan.num_steps)
         strategy.prepare(Slow(), objective, build, config, find_unused_parameters=False, example=NO_ROWS)
-        history = Trainer(strategy, objective, config, device=torch.device("cpu")).fit(data)
+        history = list(Trainer(strategy, objective, config, device=torch.device("cpu")).fit(data))
         weights = torch.cat([value.detach().flatten() for value in strategy.module.parameters()])
         strategy.close()
         return history, weights, len(data.dealt)

@@ -20,6 +20,7 @@ from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
 from sparkdl.parallel import DataParallel
+from sparkdl.schedule import SchedulerRecipe
 from sparkdl.trainer import History, Trainer
 from tests.dist.conftest import Torchrun
 from tests.unit.staged import COLUMNS, FIELDS, WIDTH, consecutive, write_staged
@@ -78,9 +79,13 @@ def train(
     with open_rows(folder).open_epoch(0) as batches:
         example = next(batches)
     data = open_rows(folder)
-    config = TrainConfig(max_epochs=EPOCHS, batch_size=BATCH)
+    config = TrainConfig(
+        max_epochs=EPOCHS, batch_size=BATCH, warmup_steps=3, averaging="ema", averaging_decay=0.9,
+        gradient_clip_norm=0.5, restore_best=True,
+    )  # fmt: skip
+    cosine = SchedulerRecipe("CosineAnnealingLR", {}, "step")
     objective, strategy = Objective(parity), DataParallel()
-    build = optimization_builder(OptimizerRecipe("adamw", 0.01), None, config, steps_per_epoch=STEPS)
+    build = optimization_builder(OptimizerRecipe("adamw", 0.01), cosine, config, steps_per_epoch=STEPS)
     strategy.prepare(make(), objective, build, config, find_unused_parameters=False, example=example)
     store = CheckpointStore(str(folder / name))
     seen = 0
@@ -99,8 +104,10 @@ def train(
                 assert newest is not None
                 assert newest.step == STOPPED
                 trainer.load_state_dict(data, store.load(newest))
-            history = trainer.fit(data)
-        return {name: value.clone() for name, value in strategy.module.state_dict().items()}, history
+            history = list(trainer.fit(data))  # as torch.load takes it
+        last, best = strategy.module.state_dict(), trainer.module.state_dict()
+        weights = {**last, **{f"best.{name}": value for name, value in best.items()}}
+        return {name: value.clone() for name, value in weights.items()}, history
     except Preempted as error:
         return str(error)
     finally:
@@ -158,5 +165,6 @@ def test_the_history_is_whole(found: dict[str, Any], name: str) -> None:
     history = found[name][1]
     assert [record["rows"] for record in history] == [ROWS] * EPOCHS
     assert [record["step"] for record in history] == [record["step"] for record in expected]
+    assert [record["learning_rate"] for record in history] == [record["learning_rate"] for record in expected]
     assert [record["loss"] for record in history] == pytest.approx([record["loss"] for record in expected], rel=1e-5)
     assert all(record["checkpoint"] >= 0 and 0 <= record["data_wait"] <= 1 for record in history)

@@ -167,7 +167,7 @@ def train(case: Case, events: list[dict[str, Any]] | None = None) -> dict[str, A
     trainer = Trainer(
         strategy, objective, config, device=torch.device("cpu"), has_validation=True, report=report
     )  # fmt: skip
-    history = trainer.fit(HandMade(case, dist.get_rank()))
+    history = list(trainer.fit(HandMade(case, dist.get_rank())))
     strategy.close()
     return {"weights": weights_of(strategy.module), "history": history}
 
