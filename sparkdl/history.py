@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["History", "decode_history", "decode_json", "encode_json", "numbers_of"]
+__all__ = ["RESERVED", "History", "decode_history", "decode_json", "encode_json", "numbers_of"]
 
 _VALIDATION = "validation_"
 _ACCOUNTS = frozenset(  # what a record holds beside losses, metrics and the learning rate
     ("epoch", "step", "rows", "seconds", "rows_per_second", "data_wait", "compute", "synchronisation", "shard_rows_min")
 ) | frozenset(("shard_rows_max", "skew", "checkpoint", "validation_seconds", "skipped_steps"))
+RESERVED = _ACCOUNTS | {"loss", "learning_rate"}
+"""Entries of a record that nothing of the user's may be called like."""
+
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _COLUMNS = 3  # panels beside each other
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart; its yellow is too pale for white paper.

@@ -188,53 +188,6 @@ class Trainer:
             raise
         return self._history
 
-    def search_learning_rate(self, data: EpochData, start: float, end: float, num_steps: int) -> LearningRateSearch:
-        """Take steps with rising learning rates instead of training; see `sparkdl.learning_rate`.
-
-        Raises:
-            ConfigError: There are no such rates.
-        """
-        groups = [group for one in self._strategy.optimization.optimizers for group in one.param_groups]
-        shares = [group["lr"] / groups[0]["lr"] for group in groups]
-        steps = self._endlessly(data)
-
-        def train_step(number: int, rate: float) -> float:
-            for group, share in zip(groups, shares, strict=True):
-                group["lr"] = rate * share
-            batch, batch_rows = next(steps)
-            own, everyone = self._denominators(batch, batch_rows)
-            result = self._strategy.train_step(batch, everyone)
-            self._done += 1
-            loss, denominator = self._over_ranks(float(result.loss), own)
-            return loss / (denominator or 1.0)
-
-        with contextlib.closing(steps):
-            self._strategy.module.train()
-            return search_learning_rate(train_step, start=start, end=end, num_steps=num_steps)
-
-    def _endlessly(self, data: EpochData) -> Generator[tuple[Batch, int], None, None]:
-        """The batches of one epoch after another, each with the rows of its step."""
-        for epoch in itertools.count():
-            with data.open_epoch(epoch) as batches:
-                for step, batch in enumerate(batches):
-                    self._clock.at("compute", self._done)
-                    yield batch.to(self._device), data.plan.batch_rows(step)
-
-    @property
-    def module(self) -> nn.Module:
-        """The module with the weights that the fit is for: the best, the averaged or the last ones."""
-        return self._strategy.optimization.averaged or self._strategy.module
-
-    @property
-    def history(self) -> History:
-        """The records of the epochs that are done."""
-        return self._history
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch with the best value of 'monitor', from 1; 0 where there is none yet."""
-        return self._best.epoch
-
     def _train_epoch(self, data: EpochData, epoch: int, first: int) -> bool:
         """The steps of an epoch from ``first`` on; counts in ``self._sums``.
 
@@ -441,6 +394,54 @@ class Trainer:
                     "of extreme size, or leave such steps out (nonFinite='skip')."
                 )
         losses.clear()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module with the weights that the fit is for: the best, the averaged or the last ones."""
+        return self._strategy.optimization.averaged or self._strategy.module
+
+    @property
+    def history(self) -> History:
+        """The records of the epochs that are done."""
+        return self._history
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the best value of 'monitor', from 1; 0 where there is none yet."""
+        return self._best.epoch
+
+    # ---- another kind of run -----------------------------------------------------------------------------------------
+    def search_learning_rate(self, data: EpochData, start: float, end: float, num_steps: int) -> LearningRateSearch:
+        """Take steps with rising learning rates instead of training; see `sparkdl.learning_rate`.
+
+        Raises:
+            ConfigError: There are no such rates.
+        """
+        groups = [group for one in self._strategy.optimization.optimizers for group in one.param_groups]
+        shares = [group["lr"] / groups[0]["lr"] for group in groups]
+        steps = self._endlessly(data)
+
+        def train_step(number: int, rate: float) -> float:
+            for group, share in zip(groups, shares, strict=True):
+                group["lr"] = rate * share
+            batch, batch_rows = next(steps)
+            own, everyone = self._denominators(batch, batch_rows)
+            result = self._strategy.train_step(batch, everyone)
+            self._done += 1
+            loss, denominator = self._over_ranks(float(result.loss), own)
+            return loss / (denominator or 1.0)
+
+        with contextlib.closing(steps):
+            self._strategy.module.train()
+            return search_learning_rate(train_step, start=start, end=end, num_steps=num_steps)
+
+    def _endlessly(self, data: EpochData) -> Generator[tuple[Batch, int], None, None]:
+        """The batches of one epoch after another, each with the rows of its step."""
+        for epoch in itertools.count():
+            with data.open_epoch(epoch) as batches:
+                for step, batch in enumerate(batches):
+                    self._clock.at("compute", self._done)
+                    yield batch.to(self._device), data.plan.batch_rows(step)
 
     # ---- state -------------------------------------------------------------------------------------------------------
     def _save(self, data: EpochData) -> None:

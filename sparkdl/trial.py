@@ -1,7 +1,7 @@
 """The first forward and backward of a module, alone on a few rows: what can be wrong with it is found here."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from sparkdl.batch import Batch
 from sparkdl.config import Columns
 from sparkdl.errors import ConfigError
+from sparkdl.history import RESERVED
 from sparkdl.objective import Objective, TrainingStep
 
 __all__ = ["Trial", "has_lazy_parts", "leave_no_trace", "materialise", "try_module"]
@@ -50,6 +51,7 @@ def try_module(module: nn.Module, objective: Objective, sample: Mapping[str, tor
     width = 0
     if isinstance(objective, TrainingStep):
         loss, logged = objective.try_step(trial, batch)
+        _check_names(logged)
         outputs = _forward(trial, objective, inputs) if objective.shows_output else None
     else:
         outputs = _forward(trial, objective, inputs)
@@ -66,6 +68,15 @@ def try_module(module: nn.Module, objective: Objective, sample: Mapping[str, tor
     loss.backward()
     unused = any(value.grad is None for value in trial.parameters() if value.requires_grad)
     return Trial(unused, width, tuple(logged))
+
+
+def _check_names(logged: Iterable[str]) -> None:
+    for name in logged:
+        if name in RESERVED or name.startswith("validation_"):
+            raise ConfigError(
+                f"The trainingStep returned {name!r} beside the loss, but the history has such an entry of its own. "
+                "Use another name."
+            )
 
 
 def _forward(module: nn.Module, objective: Objective, inputs: tuple[torch.Tensor, ...]) -> Any:
