@@ -585,15 +585,15 @@ IN_A_FRESH_PROCESS = """
     from pyspark.sql import SparkSession
     import sparkdl
 
-    net, bert, points, sentences, answer = sys.argv[1:]
+    *models, rows, answer = sys.argv[1:]
     builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
     spark = builder.config("spark.driver.host", "127.0.0.1").getOrCreate()
     sparkdl.allow_modules("sparkdl.adapters", "tests.spark.test_adapters")
     reader = sparkdl.TorchClassificationModel.read().option("allowPickle", "true")
-    found = []
-    for model, rows in ((net, points), (bert, sentences)):
-        shown = reader.load(model).transform(spark.read.parquet(rows)).orderBy("id").collect()
-        found.append([row["probability"].toArray().tolist() for row in shown])
+    loaded = [reader.load(path) for path in models]
+    with open(rows) as file:
+        given = json.load(file)
+    found = [model.predictRaw(tuple(row)).toArray().tolist() for model, row in zip(loaded, given, strict=True)]
     with open(answer, "w") as file:
         json.dump(found, file)
     spark.stop()
@@ -601,21 +601,16 @@ IN_A_FRESH_PROCESS = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(290)
 def test_a_fresh_process_predicts_the_same(
-    classifier: TorchClassificationModel,
-    bert: TorchClassificationModel,
-    rows: DataFrame,
-    sentences: DataFrame,
-    tmp_path: Path,
+    classifier: TorchClassificationModel, bert: TorchClassificationModel, tokens: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    paths = [str(tmp_path / name) for name in ("net", "bert", "points", "sentences", "answer.json")]
+    paths = [str(tmp_path / name) for name in ("net", "bert", "rows.json", "answer.json")]
     classifier.save(paths[0])
     bert.write().option("allowPickle", "true").save(paths[1])
-    rows.write.parquet(paths[2])
-    sentences.write.parquet(paths[3])
+    given = [[[0.5, -1.5]], [tokens["input_ids"][0].tolist(), tokens["attention_mask"][0].tolist()]]
+    Path(paths[2]).write_text(json.dumps(given))
     run_python(IN_A_FRESH_PROCESS, *paths, folder=tmp_path)
-    found = json.loads(Path(paths[4]).read_text())
-    for probabilities, model, frame in zip(found, (classifier, bert), (rows, sentences), strict=True):
-        shown = model.transform(frame).orderBy("id").collect()
-        expected = [row["probability"].toArray().tolist() for row in shown]
-        torch.testing.assert_close(torch.tensor(probabilities), torch.tensor(expected))
+    found = json.loads(Path(paths[3]).read_text())
+    for scores, model, row in zip(found, (classifier, bert), given, strict=True):
+        assert scores == pytest.approx(model.predictRaw(tuple(row)).toArray().tolist(), rel=1e-5)
