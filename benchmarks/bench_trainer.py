@@ -309,7 +309,8 @@ def main() -> None:
         lines.append(f"- {title}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
     lines += ["", HEADER, *map(row_of, results), "", *told, ""]
     arguments.results.mkdir(parents=True, exist_ok=True)
-    target = arguments.results / f"trainer_{datetime.date.today().isoformat()}"
+    chosen = "" if arguments.networks == ",".join(NETWORKS) else "_" + arguments.networks.replace(",", "_")
+    target = arguments.results / f"trainer_{datetime.date.today().isoformat()}{chosen}"
     target.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     target.with_suffix(".md").write_text("\n".join(lines))
     print(f"\nWrote {target}.json and {target}.md")
