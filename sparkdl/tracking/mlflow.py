@@ -190,9 +190,10 @@ class _MlflowRun:
 
         from sparkdl.tracking.pyfunc import LOADER, TRUSTED, input_names, output_names, write_model
 
+        any_type: Any = AnyType  # whose constructor has no annotations
         signature = ModelSignature(
-            inputs=Schema([ColSpec(AnyType(), name) for name in input_names(model)]),
-            outputs=Schema([ColSpec(AnyType(), name) for name in output_names(model)]),
+            inputs=Schema([ColSpec(any_type(), name) for name in input_names(model)]),
+            outputs=Schema([ColSpec(any_type(), name) for name in output_names(model)]),
         )
         with tempfile.TemporaryDirectory(prefix="sparkdl-mlflow-") as folder:
             data, saved = os.path.join(folder, "fitted"), os.path.join(folder, "saved")

@@ -689,6 +689,25 @@ def test_a_model_that_cannot_be_described_is_not_logged_but_the_run_is(
     assert run.data.metrics["loss"] == 1 / 3
 
 
+@MLFLOW
+def test_a_logged_model_with_functions_of_a_package_loads_once_the_package_is_trusted(
+    store: str, events: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    model, rows = models()["nulls and a transform"]
+    with Tracking([MLflow(experiment="trust")], RUN, events) as tracking:
+        tracking.fitted(model)
+    (run,) = runs_of(store, "trust")
+    uri, expected = f"runs:/{run.info.run_id}/model", PyfuncModel(model).predict(pd.DataFrame(rows))
+    with pytest.raises(PersistenceError, match="which is in none of the trusted packages"):
+        mlflow.pyfunc.load_model(uri)
+    loaded = mlflow.pyfunc.load_model(uri, model_config={"trusted": [__name__]})
+    pd.testing.assert_frame_equal(loaded.predict(pd.DataFrame(rows)), expected)
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", json.dumps({"trusted": [__name__]}))
+    pd.testing.assert_frame_equal(mlflow.pyfunc.load_model(uri).predict(pd.DataFrame(rows)), expected)
+
+
 def test_a_model_need_not_be_logged(store: str, events: str) -> None:
     import mlflow
 
