@@ -7,7 +7,7 @@ epoch. What is in a batch follows from (seed, epoch, shard) and the plan, not fr
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,7 +198,7 @@ class InMemoryData:
             self._position = (epoch, step + 1) if step < last else (epoch + 1, 0)
             yield batch
 
-    def _groups(self, epoch: int, first: int) -> Iterator[list[Batch]]:
+    def _groups(self, epoch: int, first: int) -> Generator[list[Batch], None, None]:
         """The batches of an epoch, some at a time: gathered at once, small ones cost less."""
         dealt, group_steps = list(self.dealt), self._group_steps()
         orders = [self._order(epoch, shard) for shard in dealt]
@@ -229,7 +229,8 @@ class InMemoryData:
 
         def gather(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
             found = tensor.index_select(0, chosen)
-            return (found.pin_memory() if self.pin else found).split(sizes)
+            parts: Sequence[torch.Tensor] = (found.pin_memory() if self.pin else found).split(sizes)
+            return parts
 
         inputs = zip(*map(gather, self.rows.inputs), strict=True)
         labels = zip(*map(gather, self.rows.labels), strict=True)

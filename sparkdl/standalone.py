@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from sparkdl.barrier.device import select_device
 from sparkdl.barrier.process_group import environment, interface_of
@@ -119,7 +120,7 @@ def process_group_from_environment(
         if world_size == 1:
             store = dist.HashStore()  # type: ignore[attr-defined]
         else:
-            store, _, _ = next(dist.rendezvous("env://", timeout=limits.rendezvous))
+            store, _, _ = next(rendezvous("env://", timeout=limits.rendezvous))
         dist.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"sparkdl/{next(_GROUPS)}", store),  # type: ignore[attr-defined]

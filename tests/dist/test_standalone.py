@@ -430,7 +430,8 @@ rows = TensorRows(torch.randn(60, 3), torch.randint(3, (60,)))
 for number in range(2):
     config = TrainConfig(max_epochs=1, batch_size=16, num_shards=2, device="cpu", verbose=False)
     result = fit_module(lambda: nn.Linear(3, 3), rows, loss="cross_entropy", config=config)
-    print(number, f"{result.history[-1]['loss']:.6f}", flush=True)
+    sys.stdout.write(f"{number} {result.history[-1]['loss']:.6f}\\n")  # at once: both processes write here
+    sys.stdout.flush()
 """
 
 
