@@ -80,13 +80,16 @@ class Optimization:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=dtype)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss, shape (), to the gradients."""
+    def backward(self, loss: Tensor, scale: float) -> None:
+        """Add ``scale`` times the gradient of a loss, shape (), to the gradients."""
         if self._config.non_finite == "skip":
             # The gradient of a loss that is no number may be one. Through that of the smallest parameter, all ranks see
             # that the step is to be left out.
             loss = loss + self._smallest.sum() * (loss.detach() * 0)
-        self._scaler.scale(loss).backward()
+        if self._scaler.is_enabled():
+            self._scaler.scale(loss * scale).backward()
+        else:
+            loss.backward(torch.tensor(scale, dtype=loss.dtype, device=loss.device))
 
     def step(self) -> bool:
         """Bring the weights forward by the gradients, which are those of the global batch and equal on all ranks.

@@ -1,6 +1,7 @@
 """The training loop of one rank. Knows nothing of Spark: it runs wherever a process group is up."""
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import math
@@ -9,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -536,4 +536,4 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 def _step_seed(seed: int, *counters: int) -> int:
     """Seed of the random layers in one step, from counters alone, so that a resumed run draws the same numbers."""
-    return int(np.random.SeedSequence(seed, spawn_key=counters).generate_state(1, np.uint64)[0])
+    return int.from_bytes(hashlib.blake2b(repr((seed, counters)).encode(), digest_size=8).digest())

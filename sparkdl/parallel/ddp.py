@@ -31,7 +31,7 @@ _CAREFUL_STEPS = 2
 
 
 class DataParallel:
-    """`DistributedDataParallel` around module and loss together.
+    """`DistributedDataParallel` around module and loss together; a single rank goes without it.
 
     The loss is inside, so that a rank without rows in a step can take part in the all-reduce with a gradient of zero
     and without a forward of the module.
@@ -64,23 +64,27 @@ class DataParallel:
         # Instead of DDP's own broadcast: large weights go from host to host in a chain.
         state = (*step.parameters(), *step.buffers())
         broadcast_state([value.detach() for value in state], 0, hosts=self._hosts or [""] * dist.get_world_size())
-        self._step = DistributedDataParallel(
-            step,
-            device_ids=[device] if device.type == "cuda" else None,
-            init_sync=False,
-            find_unused_parameters=find_unused_parameters,
-            gradient_as_bucket_view=True,
-        )
-        self._optimization = build(module)
         self._world_size = dist.get_world_size()
-        self._careful_steps = 0 if config.sync_batch_norm else _CAREFUL_STEPS
+        self._step: nn.Module = step
+        self._reducing: DistributedDataParallel | None = None
         if self._world_size > 1:
+            self._step = self._reducing = DistributedDataParallel(
+                step,
+                device_ids=[device] if device.type == "cuda" else None,
+                init_sync=False,
+                find_unused_parameters=find_unused_parameters,
+                gradient_as_bucket_view=True,
+            )
+        self._optimization = build(module)
+        self._careful_steps = 0 if config.sync_batch_norm else _CAREFUL_STEPS
+        if self._reducing is not None:
             self._warm_up(example)
         self._busy = self._begun = 0.0
         # In the backward pass the first layer's gradients come last: when they are there this rank has computed its
-        # part, and what is left of the step is waiting for the others.
-        first = next(value for value in module.parameters() if value.requires_grad)
-        first.register_post_accumulate_grad_hook(lambda _: self._computed())
+        # part, and what is left of the backward pass is waiting for the others.
+        if self._reducing is not None:
+            first = next(value for value in module.parameters() if value.requires_grad)
+            first.register_post_accumulate_grad_hook(lambda _: self._computed())
 
     def _warm_up(self, example: Batch) -> None:
         """A backward pass that changes nothing but the order of DDP's buckets.
@@ -113,7 +117,10 @@ class DataParallel:
         # The all-reduce takes the mean over ranks; the gradient wanted is the sum over ranks by the denominator.
         scale = self._world_size / denominator if denominator else float(self._world_size)
         computed = self._carefully(batch, scale) if self._careful_steps else self._backward(batch, scale)
+        if self._reducing is not None:
+            self._begun = time.perf_counter()
         taken = self._optimization.step()
+        self._busy += time.perf_counter() - self._begun
         losses, logged = zip(*computed, strict=True)
         if len(computed) == 1:
             return StepResult(losses[0], logged[0], taken)
@@ -128,10 +135,10 @@ class DataParallel:
         micro_batches = self._micro_batches(batch)
         for number, micro in enumerate(micro_batches, 1):
             reduced = synchronised and number == len(micro_batches)
-            with contextlib.nullcontext() if reduced else self._step.no_sync():
+            with contextlib.nullcontext() if reduced or self._reducing is None else self._reducing.no_sync():
                 with optimization.autocast():
                     loss, logged = self._step(micro)
-                optimization.backward(loss * scale)
+                optimization.backward(loss, scale)
             computed.append((loss.detach(), logged))
         return computed
 
@@ -160,8 +167,9 @@ class DataParallel:
             self._halve(batch.rows, out_of_memory)
             self._restore(buffers)
         self._careful_steps -= 1
-        loss, _ = self._step(batch.part(0, 0))
-        loss.backward()  # of no rows: adds nothing, and reduces what is there
+        if self._reducing is not None:
+            loss, _ = self._step(batch.part(0, 0))
+            loss.backward()  # of no rows: adds nothing, and reduces what is there
         return computed
 
     def _halve(self, rows: int, reason: str) -> None:
@@ -204,8 +212,9 @@ class DataParallel:
         DDP's reducer frees the group with the GIL held, which joins gloo's threads, which may be waiting for the GIL:
         as the last owner it would hang the rank for ever.
         """
-        del self._step.reducer, self._step.logger
-        del self._step
+        if self._reducing is not None:
+            del self._reducing.reducer, self._reducing.logger
+        del self._step, self._reducing
 
     @property
     def module(self) -> nn.Module:
