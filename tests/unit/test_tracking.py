@@ -767,30 +767,27 @@ def test_a_run_is_nested_under_the_one_that_is_active_where_fit_is_called(
     assert fit(dataclasses.replace(tracker, parent_run_id=first.info.run_id)) == first.info.run_id
 
 
+def test_fits_that_begin_at_a_time_share_a_new_experiment(store: str, folder: str) -> None:
+    ready = threading.Barrier(4)
+
+    def fit(number: int) -> None:
+        ready.wait(20)
+        with Tracking([MLflow(experiment="shared")], RUN, f"{folder}/{number}.jsonl"):
+            pass
+
+    threads = [threading.Thread(target=fit, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(runs_of(store, "shared")) == 4
+
+
 class Anything(Evaluator):
     """Finds all models equally good, without looking at them."""
 
     def _evaluate(self, dataset: Any) -> float:
         return 0.0
-
-
-class Fitting(TorchRegressor):
-    """An Estimator whose fits are tracked as all are, but train nothing."""
-
-    def copy(self, extra: Any = None) -> Any:
-        that = super().copy(extra)
-        return that._set(trackers=as_of_this_thread(that._value("trackers")))
-
-    def _fit(self, dataset: Any) -> Any:
-        run = RunInfo(
-            f"run-{self.getLearningRate()}", {"learningRate": self.getLearningRate()}, "Fitting", self.uid, time.time()
-        )
-        with Tracking(self._value("trackers"), run, events_url(spec())) as tracking:
-            feed(tracking)
-            model = regression()
-            model._resetUid(self.uid)
-            tracking.fitted(model)
-        return model
 
 
 # CrossValidator leaves its pool of threads to the garbage collector, which complains of it.
@@ -805,34 +802,45 @@ def test_the_fits_of_a_cross_validator_are_nested_under_the_run_where_it_was_cal
 ) -> None:
     import mlflow
 
-    rows = [(Vectors.dense(x, 1.0), float(x)) for x in range(8)]
-    df = spark.createDataFrame(rows, ["features", "label"]).coalesce(1).cache()
+    rows = [(Vectors.dense(x, 1.0), float(x)) for x in range(16)]
+    df = spark.createDataFrame(rows, ["features", "label"]).coalesce(1)
     name = "cross validation"
-    estimator = Fitting(trackers=[MLflow(experiment=name, log_model=False)], learningRate=0.1)
-    grid = ParamGridBuilder().addGrid(estimator.learningRate, [0.1, 0.2]).build()
+    tracker = MLflow(experiment=name)  # made where no run is active
+    estimator = TorchRegressor(
+        module=nn.Linear(2, 1), trackers=[tracker], maxEpochs=2, batchSize=4, device="cpu", verbose=False
+    )
+    grid = ParamGridBuilder().addGrid(estimator.learningRate, [0.125]).build()
     validator = CrossValidator(
         estimator=Pipeline(stages=[estimator]),
-        estimatorParamMaps=grid, evaluator=Anything(), numFolds=2, parallelism=2, seed=1,
+        estimatorParamMaps=grid, evaluator=Anything(), numFolds=2, seed=1,
     )  # fmt: skip
-    outer, ready = [], threading.Barrier(2)
+    begun, over = threading.Event(), threading.Event()
 
-    def validate(inside: bool) -> None:
-        with mlflow.start_run() as parent:
-            ready.wait(60)  # both runs are active at a time, in threads of their own
-            if inside:
-                outer.append(parent.info.run_id)
-                validator.fit(df)
-            ready.wait(200)
+    def have_another_run() -> None:
+        with mlflow.start_run():
+            begun.set()
+            over.wait(200)
 
-    other = threading.Thread(target=validate, args=(False,))
+    other = threading.Thread(target=have_another_run)
     other.start()
-    validate(True)
-    other.join()
+    try:
+        assert begun.wait(60)
+        with mlflow.start_run() as parent:
+            best = validator.fit(df).bestModel.stages[0]
+    finally:
+        over.set()
+        other.join()
     runs = runs_of(store, name)
-    assert len(runs) == 5  # two folds of two, and the best one on all rows
-    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == set(outer)
+    assert len(runs) == 3  # two folds, and the best one on all rows
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {parent.info.run_id}
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {run.data.params["learningRate"] for run in runs} == {"0.1", "0.2"}
+    assert {run.data.params["learningRate"] for run in runs} == {"0.125"}
+    newest = max(runs, key=lambda run: run.info.start_time)
+    series = mlflow.MlflowClient().get_metric_history(newest.info.run_id, "loss")
+    assert [(one.step, one.value) for one in series] == [(one["step"], one["loss"]) for one in best.history]
+    loaded = mlflow.pyfunc.load_model(f"runs:/{newest.info.run_id}/model")
+    found = loaded.predict(pd.DataFrame({"features": [[3.0, 1.0]]}))["prediction"][0]
+    assert found == best.predict(Vectors.dense(3.0, 1.0))
 
 
 # ---- the model as MLflow's pyfunc ------------------------------------------------------------------------------------
