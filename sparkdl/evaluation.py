@@ -44,7 +44,7 @@ def evaluate(
         objective: The loss as sum and denominator.
         batches: This rank's rows; may be none.
         metrics: Further measures of output and labels.
-        logged: Names of what a training step returns besides the loss.
+        logged: Names of what a training step returns of validation rows besides the loss.
         over_ranks: Sums numbers over all ranks.
         device: Where the module is.
         autocast: In which the module is called.

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _ALWAYS_ALLOWED = ("torch.nn",)
-_FUNCTION_HOMES = ("torch.nn.functional", "torch._C._nn")
+_FUNCTION_HOMES = ("torch.nn.functional", "torch._C._nn", "sparkdl.adapters")
 _allowed: set[str] = set()
 _MACHINERY = frozenset(nn.Module().__dict__)  # what every module has: parameters, hooks, ...
 _SEQUENCES: tuple[Callable[..., Any], ...] = (tuple, set, frozenset, torch.Size)
@@ -182,7 +182,7 @@ def resolve_function(path: str, allowed: Sequence[str] = ()) -> Any:
 
     That a module happens to be imported is not enough here, as it is for the class of a module: ``os`` always is.
     Of torch these are trusted: `torch.nn.functional`, the arithmetic in `torch` itself, and classes of modules and
-    optimizers.
+    optimizers; of sparkdl, the steps of `sparkdl.adapters`, which call the module alone.
 
     Raises:
         PersistenceError: As `resolve`.

@@ -217,7 +217,7 @@ def fit_module(
         example = rows.batch.part(0, _EXAMPLE_ROWS)
         columns = rows.columns
         sample = dict(zip([column.name for column in columns], _tensors(example.to(torch.device("cpu"))), strict=True))
-        trial = try_module(own, objective, sample, columns)
+        trial = try_module(own, objective, sample, columns, validates=validation is not None and len(validation) > 0)
         result = copy.deepcopy(own)  # what is done to a module for its training stays out of what the caller gets
         for parameter_name, value in result.named_parameters():
             value.requires_grad_(parameter_name in trainable)
@@ -246,6 +246,7 @@ def fit_module(
                 has_validation=validation is not None and len(validation) > 0,
                 metrics=Metrics(metrics, kind="any", device=device) if metrics else None,
                 logged=trial.logged,
+                validated=trial.validated,
                 callbacks=Callbacks(check_callbacks(callbacks)),
                 report=_reporter(config, on_event) if world.rank == 0 else lambda event: None,
                 saver=saver,

@@ -171,22 +171,23 @@ def run_rank(
                 local_rank=rank.world.local_rank,
                 local_world_size=rank.world.local_world_size,
             )
-            trial, error = Trial(False, 0, ()), None
-            sample = source.sample()
+            trial, error = Trial(False, 0, (), ()), None
+            sample, own = source.sample(), source.facts()
             if sample is not None:
                 try:
-                    trial = try_module(module, objective, sample, spec.columns)
+                    trial = try_module(module, objective, sample, spec.columns, validates=bool(own["validation"]))
                 except ConfigError as found:
                     # Told to the others beside the layouts: rows of different shapes explain it better.
                     error = asdict(rank.failure(found))
             newest = store.newest() if store is not None and rank.world.rank == 0 and spec.attempt > 1 else None
             facts = {
-                **source.facts(),
+                **own,
                 "checkpoint": newest and newest.name,
                 "layout": layout_of(sample, spec.columns) if sample is not None else None,
                 "unused": trial.unused,
                 "outputs": trial.outputs,
                 "logged": trial.logged,
+                "validated": trial.validated,
                 "error": error,
             }
             fingerprint = json.dumps([spec.run_id, device.type, source.fingerprint])
@@ -244,6 +245,7 @@ def run_rank(
                     has_validation=found.has_validation,
                     metrics=_build_metrics(recipe, device),
                     logged=found.logged,
+                    validated=found.validated,
                     callbacks=Callbacks(recipe.callbacks),
                     report=_reporter(rank),
                     clock=clock,
@@ -302,6 +304,7 @@ class _Agreed:
         unused: True where some parameters have no part in the output.
         outputs: Values per row of the output.
         logged: Names of what a training step returns besides the loss.
+        validated: Names of what it returns of validation rows.
     """
 
     facts: Facts
@@ -311,6 +314,7 @@ class _Agreed:
     unused: bool
     outputs: int
     logged: tuple[str, ...]
+    validated: tuple[str, ...]
 
 
 def _agreed(entries: tuple[Entry, ...], columns: Columns) -> _Agreed:
@@ -344,7 +348,10 @@ def _agreed(entries: tuple[Entry, ...], columns: Columns) -> _Agreed:
         has_validation,
         any(entry.facts["unused"] for entry in entries),
         max(entry.facts["outputs"] for entry in entries),
-        tuple(next((entry.facts["logged"] for entry in entries if entry.facts["logged"]), ())),
+        *(
+            tuple(next((entry.facts[key] for entry in entries if entry.facts[key]), ()))
+            for key in ("logged", "validated")
+        ),
     )
 
 

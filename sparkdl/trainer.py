@@ -94,6 +94,7 @@ class Trainer:
         has_validation: True where any rank has validation rows.
         metrics: Measured on the validation rows besides the loss.
         logged: Names of what a training step returns besides the loss.
+        validated: Names of what it returns of validation rows; None for the same.
         callbacks: The user's code.
         report: Called with progress a few times per second.
         clock: Told where the loop is.
@@ -113,6 +114,7 @@ class Trainer:
         has_validation: bool = False,
         metrics: "Metrics | None" = None,
         logged: Sequence[str] = (),
+        validated: Sequence[str] | None = None,
         callbacks: Callbacks = NO_CALLBACKS,
         report: Report = lambda event: None,
         clock: ProgressClock | None = None,
@@ -125,6 +127,7 @@ class Trainer:
         self._has_validation = has_validation
         self._metrics = metrics
         self._logged = tuple(logged)
+        self._validated = self._logged if validated is None else tuple(validated)
         self._callbacks = callbacks
         self._report = report
         self._clock = clock or ProgressClock()
@@ -287,7 +290,7 @@ class Trainer:
                 self._objective,
                 batches,
                 metrics=self._metrics,
-                logged=self._logged,
+                logged=self._validated,
                 over_ranks=self._over_ranks,
                 device=self._device,
                 autocast=strategy.optimization.autocast,

@@ -26,17 +26,33 @@ class Trial:
         unused: True where some parameters had no part in the output.
         outputs: Values per row of the output; a classifier's one logit counts as two classes, several outputs as 0.
         logged: Names of what a training step returned besides the loss.
+        validated: Names of what it returned besides the loss where no gradient was wanted, as in validation.
     """
 
     unused: bool
     outputs: int
     logged: tuple[str, ...]
+    validated: tuple[str, ...]
 
 
-def try_module(module: nn.Module, objective: Objective, sample: Mapping[str, torch.Tensor], columns: Columns) -> Trial:
+def try_module(
+    module: nn.Module,
+    objective: Objective,
+    sample: Mapping[str, torch.Tensor],
+    columns: Columns,
+    *,
+    validates: bool = False,
+) -> Trial:
     """One forward and backward of two rows, before any other rank depends on this one.
 
     Lazy modules get their shapes; nothing else of the module changes.
+
+    Args:
+        module: The module.
+        objective: The loss, and how the module is called.
+        sample: Some rows, by field.
+        columns: What the fields are.
+        validates: True where there are validation rows: a training step may do and return something else for them.
 
     Raises:
         ConfigError: The module cannot take the inputs, or its output does not fit the loss.
@@ -67,7 +83,12 @@ def try_module(module: nn.Module, objective: Objective, sample: Mapping[str, tor
         )
     loss.backward()
     unused = any(value.grad is None for value in trial.parameters() if value.requires_grad)
-    return Trial(unused, width, tuple(logged))
+    validated: tuple[str, ...] = ()
+    if validates and isinstance(objective, TrainingStep):
+        with torch.inference_mode():
+            validated = tuple(objective.try_step(trial, batch)[1])
+        _check_names(validated)
+    return Trial(unused, width, tuple(logged), validated)
 
 
 def _check_names(logged: Iterable[str]) -> None:

@@ -73,6 +73,14 @@ class Net(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ExponentialLR(optimizer, 0.7)}}
 
 
+class OwnNames(Net):
+    """Logs other things of validation rows than of training rows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("train_seen", 1.0)
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
 class ByName(pytorch_lightning.LightningModule):
     """Two numbers of two columns; one of its layers is never used."""
 
@@ -268,6 +276,17 @@ def test_a_fitted_lightning_module_is_described_and_predicts_again(
     with torch.no_grad():
         expected = classifier.module(torch.from_numpy(np.stack(points["x"])))
     torch.testing.assert_close(torch.tensor(np.stack([row.toArray() for row in shown])).float(), expected)
+
+
+def test_validation_steps_log_what_they_like(rows: DataFrame) -> None:
+    model = TorchClassifier(
+        **lightning_module(OwnNames()), inputCols=["x"], labelCol="y", validationIndicatorCol="held_out",
+        maxEpochs=1, numTrainWorkers=2, verbose=False,
+    ).fit(rows)  # fmt: skip
+    record = model.history[0]
+    assert record["seen"] == 1
+    assert 0 < record["validation_acc"] < 1
+    assert not record.keys() & {"acc", "validation_seen"}
 
 
 def test_steps_that_take_a_dict_of_columns(
@@ -588,7 +607,7 @@ IN_A_FRESH_PROCESS = """
     *models, rows, answer = sys.argv[1:]
     builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
     spark = builder.config("spark.driver.host", "127.0.0.1").getOrCreate()
-    sparkdl.allow_modules("sparkdl.adapters", "tests.spark.test_adapters")
+    sparkdl.allow_modules("tests.spark.test_adapters")
     reader = sparkdl.TorchClassificationModel.read().option("allowPickle", "true")
     loaded = [reader.load(path) for path in models]
     with open(rows) as file:
