@@ -202,7 +202,7 @@ def on_ranks() -> Any:
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
 def ranks(request: pytest.FixtureRequest, torchrun: Torchrun) -> list[Any]:
     return torchrun(on_ranks, request.param)
 

@@ -264,7 +264,7 @@ def test_half_of_torchruns_variables_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stop", [6, 7, 12])
+@pytest.mark.parametrize("stop", [6, pytest.param(7, marks=pytest.mark.slow), 12])
 def test_a_run_that_failed_goes_on_from_its_newest_checkpoint(tmp_path: Path, stop: int):
     config = replace(CONFIG, checkpoint_dir=str(tmp_path / "run"), checkpoint_interval=3)
     whole = fit(module=noisy)
@@ -435,6 +435,7 @@ for number in range(2):
 """
 
 
+@pytest.mark.slow
 def test_a_script_under_torchrun_can_fit_again_and_again(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

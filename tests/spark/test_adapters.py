@@ -532,6 +532,7 @@ def test_a_fitted_bert_can_only_be_pickled_and_predicts_again(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_label_per_token(sentences: DataFrame) -> None:
     model = TorchEstimator(
         **hugging_face(tiny_bert(BertForTokenClassification)),

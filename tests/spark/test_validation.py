@@ -104,7 +104,7 @@ class Fits:
         return model, [frozenset(steps[step]) for step in sorted(steps)], held
 
 
-@pytest.mark.parametrize("mode", ["spooled", "staged", "in place"])
+@pytest.mark.parametrize("mode", ["spooled", pytest.param("staged", marks=pytest.mark.slow), "in place"])
 def test_a_fraction_is_validated_on_once_and_the_rest_trained_on_once(
     spark: SparkSession, tmp_path: Path, mode: str
 ) -> None:
@@ -126,7 +126,9 @@ def test_a_fraction_is_validated_on_once_and_the_rest_trained_on_once(
     assert model.transform(rows_of(spark)).columns == ["id", "x", "label", "output"]
 
 
-@pytest.mark.parametrize("mode", ["spooled", "staged", "with checkpoints", "in place"])
+@pytest.mark.parametrize(
+    "mode", ["spooled", "staged", pytest.param("with checkpoints", marks=pytest.mark.slow), "in place"]
+)
 def test_a_second_data_set_is_validated_on_once_and_what_is_trained_on_stays_the_same(
     spark: SparkSession, tmp_path: Path, mode: str
 ) -> None:
@@ -369,6 +371,7 @@ print(json.dumps([type(spark).__module__, drew, found, fraction, refusal]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_validation_rows_are_held_out_over_connect_as_on_classic_spark(spark: SparkSession, folder: str) -> None:
     pytest.importorskip("grpc", reason="Spark Connect needs the extra sparkdl-torch[connect]")

@@ -117,8 +117,9 @@ COMMON_BEFORE = [
     "weightDecay", "parameterGroups", "configure", "scheduler", "schedulerParams", "schedulerInterval", "warmupSteps",
     "trainingStep", "predictionStep", "maxEpochs", "batchSize", "microBatchSize", "precision", "gradientClipNorm",
     "gradientClipValue", "averaging", "averagingDecay", "averagingStart", "frozenParameters", "activationCheckpointing",
-    "syncBatchNorm", "torchCompile", "nonFinite", "shuffle", "seed", "partitioning", "partitionKeyCol", "reshuffleInterval", "balanceShards", "cache", "cacheBytes",
-    "readerThreads", "nulls", "padding", "shapes", "vocabularies", "standardization", "transform",
+    "syncBatchNorm", "torchCompile", "nonFinite", "shuffle", "seed", "partitioning", "partitionKeyCol",
+    "reshuffleInterval", "balanceShards", "cache", "cacheBytes", "readerThreads", "nulls", "padding", "shapes",
+    "vocabularies", "standardization", "transform",
     "featuresCol", "inputCols", "labelCol",
 ]  # fmt: skip
 VALIDATION = [
