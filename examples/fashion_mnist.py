@@ -131,6 +131,7 @@ def write_results(folder: Path, model: TorchClassificationModel, *, ranks: int, 
     machine = {
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": os.cpu_count(),
+        "load_after": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
