@@ -288,7 +288,6 @@ def test_lbfgs_needs_more_than_one_gradient_in_a_step(recipe: OptimizerRecipe) -
         ({"learning_rate": 0.1, "weight_decay": 0.0}, "learningRate and weightDecay"),
         ({"params": {"lr": 1}, "parameter_groups": {"x": {}}}, "optimizerParams and parameterGroups"),
     ],
-    ids=str,
 )
 def test_configure_and_the_settings_of_another_optimizer_contradict_each_other(
     settings: dict[str, Any], named: str
