@@ -206,6 +206,7 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
             spark = dataset.sparkSession
             job = self._checked(dataset, config, second)
         payload = _pickled(job.recipe)
+        check_optimization(job.recipe.module, job.recipe.optimizer, job.recipe.scheduler, config)
         profile = profile_for(spark, config.device)
         report = preflight(spark, _request(config), profile=profile)
         report.raise_errors()
@@ -360,7 +361,6 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
             )
         module = build_module(self._value("module"), config.seed)
         check_preparation(module, config)
-        check_optimization(module, optimizer, scheduler, config)
         assemble = dataset.assemble if isinstance(dataset, DiscoveredDataset) else {}
         columns = self._columns(dataset, floating_dtype(module), loss, assemble)
         check_outputs(dataset, self._output_names())

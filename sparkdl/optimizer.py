@@ -129,7 +129,7 @@ class OptimizerRecipe:
         if self.configure is not None:
             return self._configured(module, interval)
         assert not isinstance(self.optimizer, str)
-        made = self.optimizer(trainable.values())
+        made = _called(self.optimizer, trainable.values(), "The function given as optimizer")
         if not isinstance(made, Optimizer):
             raise ConfigError(f"The function given as optimizer returned {made!r}, not a torch.optim.Optimizer.")
         _check_takes_steps(made)
@@ -137,7 +137,7 @@ class OptimizerRecipe:
 
     def _configured(self, module: nn.Module, interval: Interval) -> tuple[list[Optimizer], list[Schedule]]:
         assert self.configure is not None
-        made = self.configure(module)
+        made = _called(self.configure, module, "configure")
         pair = isinstance(made, list | tuple) and len(made) == 2 and not isinstance(made[1], Optimizer)
         optimizers, schedulers = map(_listed, made if pair else (made, []))
         known = all(isinstance(one, Optimizer) for one in optimizers)
@@ -254,6 +254,20 @@ class OptimizerRecipe:
             decay = {} if self.weight_decay is None else {"weight_decay": 0.0 if spared else self.weight_decay}
             groups.append({"params": values, **decay, **_scaled(options[place], rate_scale)})
         return groups
+
+
+def _called(function: Callable[[Any], Any], argument: Any, who: str) -> Any:
+    """What a function of the user's returns.
+
+    Raises:
+        ConfigError: It raised something else than that.
+    """
+    try:
+        return function(argument)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{who} failed: {type(error).__name__}: {error}") from error
 
 
 def _scaled(options: Mapping[str, Any], rate_scale: float) -> dict[str, Any]:

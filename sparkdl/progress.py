@@ -4,10 +4,15 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from types import TracebackType
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
+
+with warnings.catch_warnings():  # in a notebook without ipywidgets it draws its plain bar; that is no news
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
 
 __all__ = ["Progress"]
 

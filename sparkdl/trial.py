@@ -69,18 +69,14 @@ def try_module(
         loss, logged = objective.try_step(trial, batch)
         _check_names(logged)
         outputs = _forward(trial, objective, inputs) if objective.shows_output else None
+        _check_output(objective, outputs)
     else:
         outputs = _forward(trial, objective, inputs)
+        _check_output(objective, outputs)
         loss, logged = objective.try_on(outputs, batch.labels, batch.weight), {}
     if isinstance(outputs, torch.Tensor):
         width = outputs.shape[1:].numel()
         width = 2 if objective.binary and width == 1 else width
-    if objective.binary and (not isinstance(outputs, torch.Tensor) or outputs.ndim > 2):
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise ConfigError(
-            f"A classifier's module must return one score per class, shape (rows, classes), or one logit per row; this "
-            f"one returned {found}. Use TorchEstimator for other outputs."
-        )
     loss.backward()
     unused = any(value.grad is None for value in trial.parameters() if value.requires_grad)
     validated: tuple[str, ...] = ()
@@ -89,6 +85,15 @@ def try_module(
             validated = tuple(objective.try_step(trial, batch)[1])
         _check_names(validated)
     return Trial(unused, width, tuple(logged), validated)
+
+
+def _check_output(objective: Objective, outputs: Any) -> None:
+    if objective.binary and (not isinstance(outputs, torch.Tensor) or outputs.ndim > 2):
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise ConfigError(
+            f"A classifier's module must return one score per class, shape (rows, classes), or one logit per row; this "
+            f"one returned {found}. Use TorchEstimator for other outputs."
+        )
 
 
 def _check_names(logged: Iterable[str]) -> None:

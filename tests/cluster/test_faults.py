@@ -138,7 +138,7 @@ def measure(fault: Fault, cluster: str, outcome: Outcome, calm: Outcome | None, 
     )
     if outcome.error:
         return found
-    warm_ups = sum(step.number == 1 for step in steps_of(outcome.folder, 2))  # with 3 and more ranks, one per attempt
+    warm_ups = sum(step.number == 1 for step in steps_of(outcome.folder, 2))  # one per attempt: DDP is shown an example
     return replace(
         found,
         resume=tries[1][0].time - failed_at(outcome.folder) if outcome.restarts else None,

@@ -27,7 +27,7 @@ from tests.unit.staged import COLUMNS, FIELDS, WIDTH, consecutive, write_staged
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(280)]
 
-SHARDS, ROWS, BATCH, EPOCHS = 4, 240, 24, 3
+SHARDS, ROWS, BATCH, EPOCHS = 4, 240, 24, 2
 STEPS = ROWS // BATCH  # of an epoch
 STOPPED = STEPS + 4  # in the second epoch
 FOLDER = "SPARKDL_TEST_RESUME"

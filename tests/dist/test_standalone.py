@@ -404,6 +404,7 @@ def run(*command: str, processes: int | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_gives_one_and_two_processes_the_same_weights(tmp_path: Path):
     example = ["-m", "sparkdl.examples.tabular", "--rows", "4000", "--epochs", "3", "--weights"]
     printed = [run(*example, str(tmp_path / "1")), run(*example, str(tmp_path / "2"), processes=2)]

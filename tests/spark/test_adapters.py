@@ -289,6 +289,7 @@ def test_validation_steps_log_what_they_like(rows: DataFrame) -> None:
     assert not record.keys() & {"acc", "validation_seen"}
 
 
+@pytest.mark.slow
 def test_steps_that_take_a_dict_of_columns(
     rows: DataFrame, points: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,6 +513,7 @@ def test_bert_trains_as_in_a_plain_loop(bert: TorchClassificationModel, tokens: 
     assert [record["loss"] for record in bert.history] == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_fitted_bert_can_only_be_pickled_and_predicts_again(
     bert: TorchClassificationModel,
     sentences: DataFrame,

@@ -91,8 +91,8 @@ def test_a_killed_rank_leaves_no_trace_in_the_weights(
 
 
 def warm_ups(ranks: int) -> int:
-    """Forwards of two attempts that are no steps: with 3 and more ranks, DDP is shown an example first."""
-    return 2 if ranks > 2 else 0
+    """Forwards of two attempts that are no steps: with several ranks, DDP is shown an example first."""
+    return 2 if ranks > 1 else 0
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_killed_at_any_step_the_weights_are_the_same(
     ("kind", "reason"),
     [
         ("raise", PLANTED),
-        ("nan", "The loss is nan after step"),
+        ("nan", "The loss is nan in step"),
         pytest.param("memory", "", marks=pytest.mark.slow),
     ],
 )
@@ -163,7 +163,7 @@ def test_sigterm_saves_the_next_step(rows: DataFrame, undisturbed: dict[int, Tor
     assert re.match(
         "Rank . on .*Preempted: rank 1 was told to stop .*the state after step . was saved", model.summary.restarts[0]
     )
-    assert len(steps_of(str(tmp_path), 0)) <= EPOCHS * STEPS + 1, "steps were repeated"
+    assert len(steps_of(str(tmp_path), 0)) <= EPOCHS * STEPS + 1 + warm_ups(2), "steps were repeated"
 
 
 def test_a_place_for_checkpoints_that_cannot_be_written_is_refused_before_any_rank_starts(

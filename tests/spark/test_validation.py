@@ -127,7 +127,8 @@ def test_a_fraction_is_validated_on_once_and_the_rest_trained_on_once(
 
 
 @pytest.mark.parametrize(
-    "mode", ["spooled", "staged", pytest.param("with checkpoints", marks=pytest.mark.slow), "in place"]
+    "mode",
+    ["spooled", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("staged", "with checkpoints")), "in place"],
 )
 def test_a_second_data_set_is_validated_on_once_and_what_is_trained_on_stays_the_same(
     spark: SparkSession, tmp_path: Path, mode: str
@@ -213,6 +214,7 @@ def test_equal_rows_are_on_one_side_whatever_their_types(spark: SparkSession) ->
 
 
 # ---- the first data set's shards stay as they are --------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_shards_are_those_of_a_fit_without_validation_also_where_both_end_in_a_shuffle(spark: SparkSession) -> None:
     """Adaptive execution would cut the partitions of both by the size of both."""
     columns = Columns((X,), (NUMBER,))

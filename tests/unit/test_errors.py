@@ -19,6 +19,7 @@ PARENTS = {
     "ExecutorPythonError": (errors.LaunchError,),
     "PersistenceError": (SparkdlError, ValueError),
     "CheckpointError": (SparkdlError, RuntimeError),
+    "CallbackError": (SparkdlError, RuntimeError),
     "TrainingFailedError": (SparkdlError, RuntimeError),
 }
 CLASSES = [getattr(errors, name) for name in PARENTS]

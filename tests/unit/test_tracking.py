@@ -797,6 +797,7 @@ class Anything(Evaluator):
 @pytest.mark.filterwarnings("ignore:unclosed running multiprocessing pool:ResourceWarning")
 @MLFLOW
 @pytest.mark.spark
+@pytest.mark.slow
 def test_the_fits_of_a_cross_validator_are_nested_under_the_run_where_it_was_called(
     store: str, spark: SparkSession
 ) -> None:
