@@ -90,6 +90,7 @@ def both_fits() -> dict[str, Any]:
     return {"even": fit(balance=False), "balanced": fit(balance=True)}
 
 
+@pytest.mark.slow
 def test_a_slow_rank_gets_fewer_shards_and_nothing_else_changes(torchrun: Torchrun) -> None:
     results = torchrun(both_fits, RANKS)
     for fits in results:

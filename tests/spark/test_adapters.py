@@ -184,7 +184,7 @@ def points() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def rows(spark: SparkSession, points: pd.DataFrame) -> DataFrame:
     schema = "id long, x array<float>, a float, b float, y long, number float, held_out boolean"
-    return spark.createDataFrame(points, schema).repartition(2, "id").cache()
+    return spark.createDataFrame(points, schema).repartition(2, "id")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def sentences(spark: SparkSession, tokens: dict[str, Tensor]) -> DataFrame:
         }
     )
     schema = "id long, input_ids array<int>, attention_mask array<int>, labels int, marks array<int>"
-    return spark.createDataFrame(frame, schema).repartition(2, "id").cache()
+    return spark.createDataFrame(frame, schema).repartition(2, "id")
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

@@ -433,7 +433,8 @@ def test_a_rank_that_leaves_is_named_and_lost(warm: DataFrame, spark: SparkSessi
 
 
 # ---- jobs that are cancelled -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["group", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["group", "all"])
 def test_a_job_that_the_user_cancels_is_no_loss(warm: DataFrame, spark: SparkSession, tmp_path: Path, how: str) -> None:
     context, steps = spark.sparkContext, Steps(nothing, str(tmp_path), steps=100_000)
     before = driver_state()

@@ -43,7 +43,7 @@ def rows(spark: SparkSession) -> DataFrame:
         }
     )
     made = spark.createDataFrame(frame).withColumn("features", array_to_vector("x")).drop("x")
-    return made.repartition(3, "id").cache()
+    return made.repartition(3, "id")
 
 
 def mlp(outputs: int = 3) -> nn.Module:
@@ -117,7 +117,7 @@ def watched(rows: DataFrame, tmp_path_factory: pytest.TempPathFactory) -> TorchC
 def test_metrics_are_those_of_sparks_evaluators_on_the_transformed_validation_rows(
     watched: TorchClassificationModel, rows: DataFrame
 ) -> None:
-    predicted = watched.transform(rows.filter("held_out")).cache()
+    predicted = watched.transform(rows.filter("held_out"))
     best = watched.history[watched.summary.bestEpoch - 1]
     for name, spark_name in {
         "accuracy": "accuracy",

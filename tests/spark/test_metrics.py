@@ -38,7 +38,6 @@ def transformed(spark: SparkSession, scores: Tensor, labels: Tensor) -> DataFram
         spark.createDataFrame(list(rows), "p array<double>, prediction double, label double")
         .select(array_to_vector("p").alias("probability"), "prediction", "label")
         .repartition(3)
-        .cache()
     )
 
 

@@ -128,7 +128,7 @@ def test_a_fraction_is_validated_on_once_and_the_rest_trained_on_once(
 
 @pytest.mark.parametrize(
     "mode",
-    ["spooled", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("staged", "with checkpoints")), "in place"],
+    ["spooled", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("staged", "with checkpoints", "in place"))],
 )
 def test_a_second_data_set_is_validated_on_once_and_what_is_trained_on_stays_the_same(
     spark: SparkSession, tmp_path: Path, mode: str
