@@ -26,7 +26,7 @@ from sparkdl.barrier.process_group import environment, interface_of
 from sparkdl.barrier.world import World, world_of
 from sparkdl.best import monitor_mode
 from sparkdl.callbacks import Callback, Callbacks, check_callbacks
-from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore, Saver, told_to_stop
+from sparkdl.checkpoint import CheckpointStore, open_saver
 from sparkdl.checks import build_module, check_config
 from sparkdl.config import Device, Timeouts, TrainConfig
 from sparkdl.errors import ConfigError, SparkdlError
@@ -237,7 +237,7 @@ def fit_module(
         )
         if world.world_size == 1:  # nobody waits for it: it lets go of its group whatever happens
             stack.callback(strategy.close)
-        with _open_saver(store, config, data.plan.num_steps) as saver:
+        with open_saver(store, config, data.plan.num_steps) as saver:
             trainer = Trainer(
                 strategy,
                 objective,
@@ -377,18 +377,6 @@ def _open_store(config: TrainConfig, world: World, *, resume: bool) -> tuple[Che
             "there with resume=True, or use another directory."
         )
     return store, found or None
-
-
-@contextlib.contextmanager
-def _open_saver(store: CheckpointStore | None, config: TrainConfig, steps_per_epoch: int) -> Iterator[Saver | None]:
-    """Writes checkpoints, where the run has a place for them; from then on SIGTERM asks for one."""
-    if store is None:
-        yield None
-        return
-    writer = AsyncWriter(store, timeout=config.timeouts.checkpoint)
-    schedule = CheckpointSchedule(config.checkpoint_interval, config.checkpoint_seconds, steps_per_epoch)
-    with told_to_stop() as stopped, Saver(writer, schedule, stopped=stopped) as saver:
-        yield saver
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------------

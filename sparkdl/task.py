@@ -19,7 +19,7 @@ from sparkdl.barrier.launch import chunks
 from sparkdl.barrier.rendezvous import Entry, error_of
 from sparkdl.batch import Batch
 from sparkdl.callbacks import Callback, Callbacks
-from sparkdl.checkpoint import AsyncWriter, CheckpointSchedule, CheckpointStore, Saver, told_to_stop
+from sparkdl.checkpoint import CheckpointStore, open_saver
 from sparkdl.config import Columns, RunSpec
 from sparkdl.errors import ConfigError, DataError, Failure
 from sparkdl.history import History
@@ -236,7 +236,7 @@ def run_rank(
                 find_unused_parameters=found.unused,
                 example=example,
             )
-            with _open_saver(store, spec, data.plan.num_steps) as saver:
+            with open_saver(store, spec.config, data.plan.num_steps) as saver:
                 trainer = Trainer(
                     strategy,
                     objective,
@@ -395,19 +395,6 @@ def _example(
         tuple(rows[column.field] for column in columns.labels),
         None if columns.weight is None else rows[columns.weight.field],
     ).to(device)
-
-
-@contextlib.contextmanager
-def _open_saver(store: CheckpointStore | None, spec: RunSpec, steps_per_epoch: int) -> Iterator[Saver | None]:
-    """Writes checkpoints, where the run has a place for them; from then on SIGTERM asks for one."""
-    if store is None:
-        yield None
-        return
-    config = spec.config
-    writer = AsyncWriter(store, timeout=config.timeouts.checkpoint)
-    schedule = CheckpointSchedule(config.checkpoint_interval, config.checkpoint_seconds, steps_per_epoch)
-    with told_to_stop() as stopped, Saver(writer, schedule, stopped=stopped) as saver:
-        yield saver
 
 
 def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: int, data: RankData) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sparkdl.checkpoint.store import CheckpointStore
 from sparkdl.checkpoint.writer import AsyncWriter
+from sparkdl.config import TrainConfig
 from sparkdl.errors import CheckpointError
 
-__all__ = ["CheckpointSchedule", "Preempted", "Saver", "told_to_stop"]
+__all__ = ["CheckpointSchedule", "Preempted", "Saver", "open_saver", "told_to_stop"]
 
 logger = logging.getLogger(__name__)
 
@@ -173,3 +175,21 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
         yield lambda: told
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def open_saver(store: CheckpointStore | None, config: TrainConfig, steps_per_epoch: int) -> Iterator[Saver | None]:
+    """Writes checkpoints as configured; from then on SIGTERM asks for one.
+
+    Args:
+        store: Where to; None writes none.
+        config: When.
+        steps_per_epoch: Optimizer steps of an epoch.
+    """
+    if store is None:
+        yield None
+        return
+    writer = AsyncWriter(store, timeout=config.timeouts.checkpoint)
+    schedule = CheckpointSchedule(config.checkpoint_interval, config.checkpoint_seconds, steps_per_epoch)
+    with told_to_stop() as stopped, Saver(writer, schedule, stopped=stopped) as saver:
+        yield saver
