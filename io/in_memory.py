@@ -250,6 +250,7 @@ def open_rows(
     *,
     rank: int,
     world_size: int,
+    dealt: Sequence[int] | None = None,
     validation: TensorRows | None = None,
     pin: bool = False,
 ) -> InMemoryData:
@@ -260,6 +261,7 @@ def open_rows(
         config: Of it counts batch_size, num_shards, partitioning ("sample", if None, or "batch"), shuffle and seed.
         rank: This process.
         world_size: Processes in all.
+        dealt: The shards that this process trains on; None: its part of them.
         validation: Validation rows.
         pin: For a GPU; see `InMemoryData`.
 
@@ -287,7 +289,7 @@ def open_rows(
     return InMemoryData(
         rows=rows.batch,
         plan=plan,
-        dealt=tuple(shards_of(rank, world_size, num_shards)),
+        dealt=tuple(shards_of(rank, world_size, num_shards) if dealt is None else dealt),
         shards=shards,
         shuffle=config.shuffle,
         seed=config.seed,

@@ -13,8 +13,8 @@ class Batch:
     """The rows that one rank feeds one step (its slice of the global batch).
 
     Attributes:
-        inputs: One tensor per input column, each of shape (rows, ...).
-        labels: One tensor per label column, each of shape (rows,) or (rows, targets).
+        inputs: One tensor per input column, each of shape (rows, ...); none on a rank that needs labels alone.
+        labels: One tensor per label column, each of shape (rows,) or (rows, targets); none where inputs are all.
         weight: Row weights of shape (rows,), or None where every row counts once.
     """
 
@@ -25,11 +25,20 @@ class Batch:
     @property
     def rows(self) -> int:
         """Number of rows; 0 where this rank has none in the step."""
-        return len(self.inputs[0])
+        return len(self._first)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._first.device
+
+    @property
+    def _first(self) -> torch.Tensor:
+        return (self.inputs or self.labels)[0]
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on ``device``; itself where it is there already."""
-        if self.inputs[0].device == device:
+        if self._first.device == device:
             return self
         return Batch(
             tuple(tensor.to(device, non_blocking=True) for tensor in self.inputs),

@@ -24,12 +24,13 @@ from sparkdl.errors import ConfigError
 from sparkdl.io.plan import ShardPlan
 from sparkdl.optimization import Optimization
 from sparkdl.optimizer import OptimizerRecipe
+from sparkdl.parallel import Strategy
 from sparkdl.params import camel_case
 from sparkdl.preparation import freeze_parameters
 from sparkdl.schedule import SchedulerRecipe
 from sparkdl.trial import has_lazy_parts
 
-__all__ = ["build_module", "check_config", "check_optimization", "floating_dtype"]
+__all__ = ["build_module", "check_config", "check_optimization", "check_strategy", "floating_dtype"]
 
 _CHOICES = {
     "shuffle": get_args(Shuffle),
@@ -100,13 +101,8 @@ def check_config(config: TrainConfig) -> None:
             f"minWorkers={config.min_workers} is more than numTrainWorkers={config.num_train_workers}. Use "
             f"{config.num_train_workers} or less."
         )
-    shards = config.num_shards or config.num_train_workers
-    if shards < config.num_train_workers:
-        raise ConfigError(
-            f"numTrainWorkers={config.num_train_workers} is more than numShards={shards}: some ranks would have "
-            f"nothing to read. Use numShards >= {config.num_train_workers}, best a multiple of it."
-        )
-    ShardPlan((0,) * shards, config.batch_size)
+    if config.num_shards is not None:
+        ShardPlan((0,) * config.num_shards, config.batch_size)
     for needs, reason in (
         (config.shuffle == "full", "shuffle='full' permutes all rows of a shard"),
         (config.reshuffle_interval is not None, f"reshuffleInterval={config.reshuffle_interval} exchanges all rows"),
@@ -147,6 +143,32 @@ def _check_loop(config: TrainConfig) -> None:
             f"averagingStart={config.averaging_start} is after the last epoch (maxEpochs={config.max_epochs}): nothing "
             "would be averaged. Start earlier."
         )
+
+
+def check_strategy(strategy: Strategy, module: nn.Module, config: TrainConfig) -> None:
+    """Refuse a way to train in parallel that the ranks, the module or other settings do not allow.
+
+    Raises:
+        ConfigError: As said.
+    """
+    replicas = strategy.replicas(config.num_train_workers)
+    shards = config.num_shards or replicas.dp_size
+    if shards < replicas.dp_size:
+        asked = f"numTrainWorkers={config.num_train_workers}"
+        if not replicas.each_rank_is_one:
+            asked += f" with {replicas.dp_size} replicas"
+        raise ConfigError(
+            f"{asked} is more than numShards={shards}: some ranks would have nothing to read. Use numShards >= "
+            f"{replicas.dp_size}, best a multiple of it."
+        )
+    ShardPlan((0,) * shards, config.batch_size)
+    moving = "balanceShards=True" if config.balance_shards else f"reshuffleInterval={config.reshuffle_interval}"
+    if not replicas.each_rank_is_one and (config.balance_shards or config.reshuffle_interval is not None):
+        raise ConfigError(
+            f"{moving} moves rows between ranks that each hold the whole module, but strategy={strategy.name!r} has "
+            f"{replicas.dp_size} replicas on {config.num_train_workers} ranks. Leave it out."
+        )
+    strategy.check(module, config)
 
 
 def check_optimization(

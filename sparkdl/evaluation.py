@@ -15,14 +15,7 @@ from sparkdl.objective import Objective
 if TYPE_CHECKING:
     from sparkdl.metrics import Metrics
 
-__all__ = ["evaluate", "own_denominator", "refresh_batch_norm"]
-
-
-def own_denominator(objective: Objective, batch: Batch) -> float:
-    """What a batch's rows add to the divisor of the mean loss."""
-    if batch.weight is None and objective.counts_rows:
-        return float(batch.rows)
-    return objective.denominator(batch.labels, batch.weight)
+__all__ = ["evaluate", "refresh_batch_norm"]
 
 
 def evaluate(
@@ -63,7 +56,7 @@ def evaluate(
             with autocast():
                 found, extra, outputs = objective.evaluate(module, moved, with_outputs=metrics is not None)
             loss += float(found)
-            denominator += own_denominator(objective, batch)
+            denominator += objective.batch_denominator(batch)
             rows += batch.rows
             for name in others:
                 others[name] += float(extra[name])

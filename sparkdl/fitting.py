@@ -57,6 +57,7 @@ from sparkdl.params import (
     column_rules,
     rules_of_targets,
 )
+from sparkdl.parallel import build_strategy
 from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
 from sparkdl.preparation import check_preparation
 from sparkdl.progress import Progress
@@ -378,7 +379,8 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
         if not isinstance(dataset, DiscoveredDataset) and config.partitioning is not None:
             check_partitioning(dataset, config.partitioning, config.partition_key_col)
         objective = self._objective(loss, columns, shows_output=self._kind != "any" or bool(metrics))
-        recipe = Recipe(module, objective, optimizer, scheduler, transform, metrics, self._kind, callbacks)
+        strategy = build_strategy("ddp")
+        recipe = Recipe(module, objective, strategy, optimizer, scheduler, transform, metrics, self._kind, callbacks)
         if columns.validation is None and config.validation_fraction is None and second is None:
             check_goes_without_validation(config, metrics)
         dataset, columns, second = hold_out(dataset, columns, config, second, spooled=_is_spooled(config))

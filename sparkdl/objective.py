@@ -196,6 +196,12 @@ class Objective(nn.Module):
             share = share.flatten(1).mean(1) if share.ndim > 1 else share
         return float((share if weight is None else share * weight.cpu()).sum())
 
+    def batch_denominator(self, batch: Batch) -> float:
+        """What a batch's rows add to the divisor of the mean loss."""
+        if batch.weight is None and self.counts_rows:
+            return float(batch.rows)
+        return self.denominator(batch.labels, batch.weight)
+
     def _fitted(self, outputs: Any, labels: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """Output and label in the shapes that the loss compares without broadcasting them to (rows, rows)."""
         if len(labels) != 1 or not isinstance(outputs, Tensor):

@@ -27,7 +27,7 @@ from sparkdl.barrier.world import World, world_of
 from sparkdl.best import monitor_mode
 from sparkdl.callbacks import Callback, Callbacks, check_callbacks
 from sparkdl.checkpoint import CheckpointStore, open_saver
-from sparkdl.checks import build_module, check_config
+from sparkdl.checks import build_module, check_config, check_strategy
 from sparkdl.config import Device, Timeouts, TrainConfig
 from sparkdl.errors import ConfigError, SparkdlError
 from sparkdl.history import History
@@ -37,7 +37,7 @@ from sparkdl.metrics import Metrics, check_metrics
 from sparkdl.objective import Loss, Objective, Step, TrainingStep, build_loss
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import DEFAULT_OPTIMIZER, OptimizerRecipe
-from sparkdl.parallel import DataParallel
+from sparkdl.parallel import Setting, Strategy, build_strategy
 from sparkdl.preparation import check_preparation, compile_module, freeze_parameters, prepare_module
 from sparkdl.schedule import SchedulerRecipe
 from sparkdl.serialization import load_state, state_of
@@ -150,6 +150,7 @@ def fit_module(
     optimizer: str | Callable[..., Any] | OptimizerRecipe = DEFAULT_OPTIMIZER,
     learning_rate: float | None = None,
     scheduler: str | Callable[..., Any] | SchedulerRecipe | None = None,
+    strategy: str | Strategy = "ddp",
     config: TrainConfig | None = None,
     metrics: Any = None,
     callbacks: Sequence[Callback] = (),
@@ -172,6 +173,7 @@ def fit_module(
         optimizer: A name, a function from parameters to an optimizer, or a recipe.
         learning_rate: For a name.
         scheduler: A name, a function from an optimizer to a scheduler, or a recipe.
+        strategy: How the processes train together: a name, or an object of `sparkdl.parallel`.
         config: How to train; None: the defaults. ``checkpoint_dir`` is the directory of this run alone.
         metrics: Of the validation rows: a list of names and torchmetrics objects, or a dict of them.
         callbacks: Called in every process; the objects themselves, not copies.
@@ -187,6 +189,7 @@ def fit_module(
     config = _checked(config or TrainConfig(), resume=resume)
     recipe = _optimizer(optimizer, learning_rate)
     schedule = _scheduler(scheduler, config)
+    chosen = build_strategy(strategy)
     check_metrics(metrics)
     own = build_module(module, config.seed)
     check_preparation(own, config)
@@ -195,7 +198,10 @@ def fit_module(
         if not dist.is_initialized():
             stack.enter_context(process_group_from_environment(config.device, timeouts=config.timeouts))
         world = world_of(dist.get_rank(), gather_texts(platform.node(), dist.group.WORLD))
-        config = _for_world(config, world)
+        replicas = chosen.replicas(world.world_size)
+        config = _for_world(config, world, replicas.dp_size)
+        check_strategy(chosen, own, config)
+        place = replicas.place_of(world.rank)
         device = select_device(
             config.device, gpu_addresses=(), local_rank=world.local_rank, local_world_size=world.local_world_size
         )
@@ -204,6 +210,7 @@ def fit_module(
             config,
             rank=world.rank,
             world_size=world.world_size,
+            dealt=place.shards(config.num_shards or 1),
             validation=validation,
             pin=device.type == "cuda" and rows.batch.inputs[0].device.type == "cpu",
         )
@@ -224,22 +231,20 @@ def fit_module(
         trained = prepare_module(own.to(device), config)
         objective.to(device)
         example = example.to(device)
-        strategy = DataParallel(world.hosts)
         if config.torch_compile:
             compile_module(trained, lambda: leave_no_trace(trained, objective, example))
-        strategy.prepare(
+        chosen.prepare(
             trained,
             objective,
             optimization_builder(recipe, schedule, config, steps_per_epoch=data.plan.num_steps),
             config,
-            find_unused_parameters=trial.unused,
-            example=example,
+            Setting(example, find_unused_parameters=trial.unused, hosts=world.hosts),
         )
         if world.world_size == 1:  # nobody waits for it: it lets go of its group whatever happens
-            stack.callback(strategy.close)
+            stack.callback(chosen.close)
         with open_saver(store, config, data.plan.num_steps) as saver:
             trainer = Trainer(
-                strategy,
+                chosen,
                 objective,
                 config,
                 device=device,
@@ -256,9 +261,10 @@ def fit_module(
             if on_event is not None and world.rank == 0:
                 on_event(_plan_event(config, data.plan.num_rows, data.plan.num_steps, data.position, device))
             history = trainer.fit(data)
+        weights = {key: value.detach().cpu() for key, value in state_of(trainer.gather()).items()}
         if world.world_size > 1:
-            strategy.close()
-        load_state(result, {key: value.detach().cpu() for key, value in state_of(trainer.module).items()})
+            chosen.close()
+        load_state(result, weights)
         return FitResult(result.eval(), History(history), trainer.best_epoch, device, dict(trainer.seconds))
 
 
@@ -329,14 +335,14 @@ def _objective(
 
 
 # ---- once they have met ----------------------------------------------------------------------------------------------
-def _for_world(config: TrainConfig, world: World) -> TrainConfig:
+def _for_world(config: TrainConfig, world: World, dp_size: int) -> TrainConfig:
     asked = config.num_train_workers
     if asked not in (1, world.world_size):
         raise ConfigError(
             f"num_train_workers={asked}, but there are {world.world_size} processes. Leave it out, or start with "
             f"torchrun --nproc-per-node {asked}."
         )
-    config = replace(config, num_train_workers=world.world_size, num_shards=config.num_shards or world.world_size)
+    config = replace(config, num_train_workers=world.world_size, num_shards=config.num_shards or dp_size)
     check_config(config)
     return config
 

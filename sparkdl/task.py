@@ -32,7 +32,7 @@ from sparkdl.learning_rate import LearningRateSearch
 from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
-from sparkdl.parallel import DataParallel
+from sparkdl.parallel import Setting, Strategy
 from sparkdl.preparation import compile_module, freeze_parameters, prepare_module
 from sparkdl.schedule import SchedulerRecipe
 from sparkdl.serialization import dump_weights
@@ -53,6 +53,7 @@ class Recipe:
     Attributes:
         module: The module, untrained.
         objective: The loss, and how the module is called.
+        strategy: How the ranks train it together.
         optimizer: How to make the optimizers.
         scheduler: How to make their schedules, if any.
         transform: The user's function on columns.
@@ -63,6 +64,7 @@ class Recipe:
 
     module: nn.Module
     objective: Objective
+    strategy: Strategy
     optimizer: OptimizerRecipe
     scheduler: SchedulerRecipe | None
     transform: Transform | None
@@ -224,7 +226,7 @@ def run_rank(
         ):
             data, learnt = ready.source.open_data(found.shard_rows, found.layout, device, threads)
             clock = rank.clock
-            strategy = DataParallel(rank.world.hosts, on_computed=lambda: clock.at("reduce", clock.place.step))
+            strategy = recipe.strategy
             example = _example(ready.sample, found.layout, spec.columns, device)
             if config.torch_compile and example.rows:
                 compile_module(module, lambda: leave_no_trace(module, objective, example))
@@ -233,8 +235,12 @@ def run_rank(
                 objective,
                 optimization_builder(recipe.optimizer, recipe.scheduler, config, steps_per_epoch=data.plan.num_steps),
                 config,
-                find_unused_parameters=found.unused,
-                example=example,
+                Setting(
+                    example,
+                    find_unused_parameters=found.unused,
+                    hosts=rank.world.hosts,
+                    on_computed=lambda: clock.at("reduce", clock.place.step),
+                ),
             )
             with open_saver(store, spec.config, data.plan.num_steps) as saver:
                 trainer = Trainer(
@@ -259,10 +265,11 @@ def run_rank(
                     _announce(spec, rank, device, threads, data)
                 searched = trainer.search_learning_rate(data, *spec.rate_search) if spec.rate_search else None
                 history = trainer.fit(data) if searched is None else History()
+            trained = trainer.gather()
             strategy.close()
         result = RankResult(
             history=history,
-            weights=dump_weights(trainer.module) if rank.world.rank == 0 else b"",
+            weights=dump_weights(trained) if rank.world.rank == 0 else b"",
             device=str(device),
             threads=threads,
             rows=data.rows,

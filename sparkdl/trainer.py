@@ -22,13 +22,13 @@ from sparkdl.checkpoint import Saver
 from sparkdl.config import TrainConfig, config_values
 from sparkdl.epoch_sums import EpochSums, Meter
 from sparkdl.errors import ConfigError
-from sparkdl.evaluation import evaluate, own_denominator, refresh_batch_norm
+from sparkdl.evaluation import evaluate, refresh_batch_norm
 from sparkdl.history import History
 from sparkdl.io.exchange import all_gather_rows
 from sparkdl.io.plan import ShardPlan, plan_deal
 from sparkdl.learning_rate import LearningRateSearch, search_learning_rate
 from sparkdl.objective import Objective
-from sparkdl.parallel import Strategy
+from sparkdl.parallel import Place, Strategy
 from sparkdl.serialization import load_state, state_of
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ class Trainer:
         self._monitor = config.monitor or ("validation_loss" if has_validation else "loss")
         self._best = Best(monitor_mode(self._monitor, config.monitor_mode), config.early_stopping_min_delta)
         self._best_weights: dict[str, torch.Tensor] | None = None
+        self._gathered: tuple[int, nn.Module] | None = None
+        self._place: Place = strategy.replicas(dist.get_world_size()).place_of(dist.get_rank())
         self._done = 0  # optimizer steps
         self._history = History()
         self._sums = EpochSums.zero(device, self._logged)
@@ -200,9 +202,10 @@ class Trainer:
         plan, config, strategy, clock, saver, sums = (
             data.plan, self._config, self._strategy, self._clock, self._saver, self._sums,
         )  # fmt: skip
-        rank, skips = dist.get_rank(), config.non_finite == "skip"
+        place, skips = self._place, config.non_finite == "skip"
         generators = _generators(self._device)
         strategy.module.train()
+        self._gathered = None
         began, busy = time.perf_counter(), strategy.busy_seconds - sums.busy
         meter, due = Meter(sums), False
         losses: list[tuple[int, torch.Tensor]] = []
@@ -214,29 +217,34 @@ class Trainer:
                 sums.waited += time.perf_counter() - asked
 
                 clock.at("compute", self._done)
-                seed = _step_seed(config.seed, epoch, step, rank)
+                seed = _step_seed(config.seed, epoch, step, -1 if place.dp_rank is None else place.dp_rank)
                 for generator in generators:
                     generator.manual_seed(seed)
-                own, everyone = self._denominators(batch, plan.batch_rows(step))
-                if saver is not None:
+                meets = strategy.meets(self._done + 1)
+                own, everyone = self._denominators(batch, plan.batch_rows(step), met=meets)
+                asked_to_save = saver is not None and (
+                    meets or saver.is_due(self._done + 1) or step + 1 == plan.num_steps
+                )
+                if asked_to_save:
                     saver.ask(self._done + 1)
                 stepped = time.perf_counter()
                 result = strategy.train_step(batch, everyone)
                 now = time.perf_counter()
                 sums.stepped += now - stepped
                 sums.busy = strategy.busy_seconds - busy
-                sums.add(result, own, batch.rows)
+                if place.leads:
+                    sums.add(result, own, batch.rows)
                 self._done += 1
 
                 if not skips:
                     # That of the step before, which a GPU has done by now; the rank whose rows they are is the first.
                     self._check_finite(losses, data, epoch)
-                    losses.append((step, result.loss))
+                    losses += [(step, result.loss)] if place.leads else []
                 if now - meter.at > _REPORT_SECONDS:
                     self._report(self._progress(epoch, step, meter.read(now, sums)))
                 if self._callbacks:
                     self._call("on_step_end", plan, sums=sums)
-                if saver is not None:
+                if asked_to_save:
                     due = saver.agreed()
                     if due and step + 1 < plan.num_steps:  # the last one waits for the epoch's record
                         sums.seconds += now - began
@@ -286,7 +294,7 @@ class Trainer:
         strategy = self._strategy
         with data.open_validation(strategy.micro_batch_size or self._config.batch_size) as batches:
             found = evaluate(
-                self.module,
+                self.gather(),
                 self._objective,
                 batches,
                 metrics=self._metrics,
@@ -317,21 +325,21 @@ class Trainer:
             dist.broadcast(told, 0)
             best = self._best.after(float(told), epoch)
             if best is not self._best and config.restore_best:
-                module = self.module
-                self._best_weights = {name: value.detach().cpu().clone() for name, value in state_of(module).items()}
+                state = state_of(self.gather())
+                self._best_weights = {name: value.detach().cpu().clone() for name, value in state.items()}
             self._best = best
             record = {**record, self._monitor: float(told)}
         self._strategy.optimization.end_epoch(record, self._monitor)
         return epoch == config.max_epochs or self._best.is_over(epoch, config.early_stopping_patience)
 
     def _finish(self, data: EpochData) -> None:
-        """Give `module` the weights that the fit is for."""
+        """Give the module that `gather` returns the weights that the fit is for."""
         if self._best_weights is not None:
-            load_state(self.module, self._best_weights)
+            load_state(self.gather(), self._best_weights)
         elif self._config.averaging == "swa" and self._strategy.optimization.averaged is not None:
             with data.open_epoch(self._config.max_epochs) as batches:
                 refresh_batch_norm(
-                    self.module,
+                    self.gather(),
                     self._objective,
                     batches,
                     device=self._device,
@@ -398,10 +406,17 @@ class Trainer:
                 )
         losses.clear()
 
-    @property
-    def module(self) -> nn.Module:
-        """The module with the weights that the fit is for: the best, the averaged or the last ones."""
-        return self._strategy.optimization.averaged or self._strategy.module
+    def gather(self) -> nn.Module:
+        """The whole module with the weights that the fit is for: the best, the averaged or the last ones; a collective.
+
+        Between two steps it is always the same module.
+        """
+        averaged = self._strategy.optimization.averaged
+        if averaged is not None:
+            return averaged
+        if self._gathered is None or self._gathered[0] != self._done:
+            self._gathered = self._done, self._strategy.gather()
+        return self._gathered[1]
 
     @property
     def history(self) -> History:
@@ -431,7 +446,7 @@ class Trainer:
             own, everyone = self._denominators(batch, batch_rows)
             result = self._strategy.train_step(batch, everyone)
             self._done += 1
-            loss, denominator = self._over_ranks(float(result.loss), own)
+            loss, denominator = self._over_ranks(float(result.loss) if self._place.leads else 0.0, own)
             return loss / (denominator or 1.0)
 
         with contextlib.closing(steps):
@@ -453,7 +468,7 @@ class Trainer:
         sums = self._sums_over_ranks(self._sums)
         self._clock.at("checkpoint", self._done)
         state = {
-            "strategy": self._strategy.state_dict(),
+            "strategy": {"name": self._strategy.name, **self._strategy.state_dict()},
             "reader": data.state_dict(),
             "history": list(self._history),
             "sums": sums,
@@ -469,8 +484,14 @@ class Trainer:
         """Go on where a checkpoint was written, on as many ranks as there are now.
 
         Raises:
-            ConfigError: The checkpoint belongs to other data.
+            ConfigError: The checkpoint belongs to other data, or to another strategy.
         """
+        written_by = state["strategy"]["name"]
+        if written_by != self._strategy.name:
+            raise ConfigError(
+                f"strategy={self._strategy.name!r} cannot go on from this checkpoint: strategy={written_by!r} wrote "
+                "it, and keeps another state. Use the same strategy, or begin anew in another directory."
+            )
         data.load_state_dict(state["reader"])
         self._strategy.load_state_dict(state["strategy"])
         self._history = History(state["history"])
@@ -494,11 +515,13 @@ class Trainer:
             if dist.get_rank() == 0:
                 logger.info("shards dealt anew: %s per rank", " ".join(str(len(own)) for own in dealt))
 
-    def _denominators(self, batch: Batch, batch_rows: int) -> tuple[float, float]:
-        """What this rank's rows add to the divisor of the loss, and the divisor over all ranks."""
-        own = own_denominator(self._objective, batch)
+    def _denominators(self, batch: Batch, batch_rows: int, *, met: bool = True) -> tuple[float, float]:
+        """What this rank's rows add to the divisor of the loss, and the divisor over all ranks, if they meet."""
+        own = self._objective.batch_denominator(batch) if self._place.leads else 0.0
         if batch.weight is None and self._objective.counts_rows:
             return own, float(batch_rows)
+        if not met:
+            return own, own * batch_rows / batch.rows if batch.rows else float(batch_rows)
         everyone = self._over_ranks(own)[0]
         self._clock.at("compute", self._done)
         return own, everyone

@@ -99,6 +99,10 @@ class Saver:
         told, self._stalled = self._stalled, self._writer.stalled_seconds
         return self._stalled - told
 
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many steps by their number alone; equal on all ranks."""
+        return self._schedule.by_step(step)
+
     def ask(self, step: int) -> None:
         """Ask the other ranks whether all save after this step.
 

@@ -1,6 +1,58 @@
-"""Ways for ranks to train one module together; each is a `Strategy`."""
+"""Ways for ranks to train one module together; each is a `Strategy`, and has a name."""
 
-from sparkdl.parallel.ddp import DataParallel
-from sparkdl.parallel.strategy import StepResult, Strategy
+import copy
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
 
-__all__ = ["DataParallel", "StepResult", "Strategy"]
+from sparkdl.errors import ConfigError
+from sparkdl.parallel.replicas import Place, Replicas
+from sparkdl.parallel.strategy import Setting, StepResult, Strategy
+
+if TYPE_CHECKING:
+    from sparkdl.parallel.ddp import DataParallel
+
+__all__ = [
+    "DataParallel",
+    "Place",
+    "Replicas",
+    "Setting",
+    "StepResult",
+    "Strategy",
+    "build_strategy",
+    "strategy_names",
+]
+
+# The name of each, its class and where that is. Loaded on first use: some parts of torch take a second.
+_NAMED = {
+    "ddp": ("DataParallel", "ddp"),
+}
+# Further classes that are loaded on first use.
+_OPTIONS: dict[str, str] = {}
+
+
+def strategy_names() -> list[str]:
+    """Names that `build_strategy` knows."""
+    return list(_NAMED)
+
+
+def build_strategy(strategy: Any) -> Strategy:
+    """A strategy by name with its defaults, or a copy of the caller's.
+
+    Raises:
+        ConfigError: An unknown name, or an object that is no strategy.
+    """
+    known = f"Use one of {', '.join(_NAMED)}, or an object of sparkdl.parallel."
+    if isinstance(strategy, str):
+        if strategy not in _NAMED:
+            raise ConfigError(f"strategy={strategy!r} is not known. {known}")
+        return cast(Strategy, __getattr__(_NAMED[strategy][0])())
+    if isinstance(strategy, type) or not all(hasattr(strategy, name) for name in ("replicas", "prepare", "train_step")):
+        raise ConfigError(f"strategy={strategy!r} is no strategy. {known}")
+    return cast(Strategy, copy.deepcopy(strategy))
+
+
+def __getattr__(name: str) -> Any:
+    module = {**dict(_NAMED.values()), **_OPTIONS}.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"sparkdl.parallel.{module}"), name)

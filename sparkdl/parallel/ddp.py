@@ -3,8 +3,9 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,42 +19,38 @@ from sparkdl.errors import ConfigError
 from sparkdl.io.exchange import broadcast_state
 from sparkdl.objective import Objective
 from sparkdl.optimization import BuildOptimization, Optimization
-from sparkdl.parallel.strategy import StepResult
+from sparkdl.parallel.gradients import Computed, add_up, compute_gradients
+from sparkdl.parallel.replicas import Replicas
+from sparkdl.parallel.strategy import Setting, StepResult
 from sparkdl.serialization import load_state, state_of
 
 __all__ = ["DataParallel"]
 
 logger = logging.getLogger(__name__)
 
-Computed = list[tuple[Tensor, dict[str, Tensor]]]
 # The first brings the gradients and the optimizer's state into memory; the second needs all of it at once.
 _CAREFUL_STEPS = 2
 
 
+@dataclass
 class DataParallel:
     """`DistributedDataParallel` around module and loss together; a single rank goes without it.
 
     The loss is inside, so that a rank without rows in a step can take part in the all-reduce with a gradient of zero
     and without a forward of the module.
-
-    Args:
-        hosts: Host of every rank; decides on the way that the initial weights take.
-        on_computed: Called in every step when this rank has computed its part, and begins to wait for the others.
     """
 
-    def __init__(self, hosts: Sequence[str] = (), *, on_computed: Callable[[], None] = lambda: None) -> None:
-        self._hosts = hosts
-        self._on_computed = on_computed
+    name: ClassVar[str] = "ddp"
+
+    def replicas(self, world_size: int) -> Replicas:
+        """See `Strategy.replicas`."""
+        return Replicas.of_size(world_size)
+
+    def check(self, module: nn.Module, config: TrainConfig) -> None:
+        """See `Strategy.check`."""
 
     def prepare(
-        self,
-        module: nn.Module,
-        objective: Objective,
-        build: BuildOptimization,
-        config: TrainConfig,
-        *,
-        find_unused_parameters: bool,
-        example: Batch,
+        self, module: nn.Module, objective: Objective, build: BuildOptimization, config: TrainConfig, setting: Setting
     ) -> None:
         """Broadcast rank 0's weights and build the optimization."""
         device = next(module.parameters()).device
@@ -63,7 +60,8 @@ class DataParallel:
         step = _RowsToLoss(module, objective, everyone_forwards=config.sync_batch_norm)
         # Instead of DDP's own broadcast: large weights go from host to host in a chain.
         state = (*step.parameters(), *step.buffers())
-        broadcast_state([value.detach() for value in state], 0, hosts=self._hosts or [""] * dist.get_world_size())
+        hosts = setting.hosts or [""] * dist.get_world_size()
+        broadcast_state([value.detach() for value in state], 0, hosts=hosts)
         self._world_size = dist.get_world_size()
         self._step: nn.Module = step
         self._reducing: DistributedDataParallel | None = None
@@ -72,13 +70,14 @@ class DataParallel:
                 step,
                 device_ids=[device] if device.type == "cuda" else None,
                 init_sync=False,
-                find_unused_parameters=find_unused_parameters,
+                find_unused_parameters=setting.find_unused_parameters,
                 gradient_as_bucket_view=True,
             )
         self._optimization = build(module)
         self._careful_steps = 0 if config.sync_batch_norm else _CAREFUL_STEPS
         if self._reducing is not None:
-            self._warm_up(example)
+            self._warm_up(setting.example)
+        self._on_computed = setting.on_computed
         self._busy = self._begun = 0.0
         # In the backward pass the first layer's gradients come last: when they are there this rank has computed its
         # part, and what is left of the backward pass is waiting for the others.
@@ -107,6 +106,10 @@ class DataParallel:
             for value, before in zip(self._module.buffers(), buffers, strict=True):
                 value.copy_(before)
 
+    def meets(self, step: int) -> bool:
+        """In every step."""
+        return True
+
     def train_step(self, batch: Batch, denominator: float) -> StepResult:
         """See `Strategy.train_step`.
 
@@ -121,26 +124,17 @@ class DataParallel:
             self._begun = time.perf_counter()
         taken = self._optimization.step()
         self._busy += time.perf_counter() - self._begun
-        losses, logged = zip(*computed, strict=True)
-        if len(computed) == 1:
-            return StepResult(losses[0], logged[0], taken)
-        sums = {name: torch.stack([one[name] for one in logged]).sum() for name in logged[0]}
-        return StepResult(torch.stack(losses).sum(), sums, taken)
+        return StepResult(*add_up(computed), taken)
 
     def _backward(self, batch: Batch, scale: float, *, synchronised: bool = True) -> Computed:
         """The gradients of this rank's rows, reduced with the last micro-batch: losses and logged sums of each."""
-        optimization = self._optimization
-        optimization.begin_step()
-        computed = []
         micro_batches = self._micro_batches(batch)
-        for number, micro in enumerate(micro_batches, 1):
-            reduced = synchronised and number == len(micro_batches)
-            with contextlib.nullcontext() if reduced or self._reducing is None else self._reducing.no_sync():
-                with optimization.autocast():
-                    loss, logged = self._step(micro)
-                optimization.backward(loss, scale)
-            computed.append((loss.detach(), logged))
-        return computed
+
+        def around(number: int) -> contextlib.AbstractContextManager[Any]:
+            reduced = synchronised and number == len(micro_batches) - 1
+            return contextlib.nullcontext() if reduced or self._reducing is None else self._reducing.no_sync()
+
+        return compute_gradients(self._optimization, self._step, micro_batches, scale, around=around)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         if not self._config.sync_batch_norm or self.micro_batch_size is None:
@@ -196,6 +190,10 @@ class DataParallel:
     def busy_seconds(self) -> float:
         """See `Strategy.busy_seconds`."""
         return self._busy
+
+    def gather(self) -> nn.Module:
+        """See `Strategy.gather`."""
+        return self._module
 
     def state_dict(self) -> dict[str, Any]:
         """See `Strategy.state_dict`."""

@@ -20,7 +20,7 @@ from sparkdl.errors import CallbackError, ConfigError
 from sparkdl.objective import Objective, TrainingStep
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
-from sparkdl.parallel import DataParallel
+from sparkdl.parallel import DataParallel, Setting
 from sparkdl.preparation import freeze_parameters, prepare_module
 from sparkdl.schedule import SchedulerRecipe
 from sparkdl.trainer import Trainer
@@ -150,7 +150,7 @@ def train(
     module = prepare_module(module, config)
     strategy = DataParallel()
     build = optimization_builder(recipe, scheduler, config, steps_per_epoch=len(SLICES))
-    strategy.prepare(module, loss, build, config, find_unused_parameters=False, example=case.rows(0, 2))
+    strategy.prepare(module, loss, build, config, Setting(case.rows(0, 2), False))
     trainer = Trainer(
         strategy, loss, config, device=torch.device("cpu"), has_validation=True, callbacks=callbacks, logged=logged
     )
@@ -161,7 +161,7 @@ def train(
         error = str(found)
     strategy.close()
     return {
-        "weights": {name: value.clone() for name, value in trainer.module.state_dict().items()},
+        "weights": {name: value.clone() for name, value in trainer.gather().state_dict().items()},
         "history": [dict(record) for record in trainer.history],
         "micro_batch_size": strategy.micro_batch_size,
         "error": error,

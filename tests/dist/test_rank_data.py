@@ -21,7 +21,7 @@ from sparkdl.io.plan import ShardPlan, plan_pieces, shards_of
 from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
-from sparkdl.parallel import DataParallel
+from sparkdl.parallel import DataParallel, Setting
 from sparkdl.trainer import History, Trainer
 from tests.dist.conftest import Torchrun
 from tests.unit.staged import COLUMNS, FIELDS, WIDTH, consecutive, write_staged
@@ -79,7 +79,7 @@ def fit(*, balance: bool) -> tuple[History, Tensor, int]:
         objective, strategy = Objective(squared), DataParallel()
         recipe = OptimizerRecipe("sgd", 0.01)
         build = optimization_builder(recipe, None, config, steps_per_epoch=data.plan.num_steps)
-        strategy.prepare(Slow(), objective, build, config, find_unused_parameters=False, example=NO_ROWS)
+        strategy.prepare(Slow(), objective, build, config, Setting(NO_ROWS, False))
         history = list(Trainer(strategy, objective, config, device=torch.device("cpu")).fit(data))
         weights = torch.cat([value.detach().flatten() for value in strategy.module.parameters()])
         strategy.close()

@@ -19,7 +19,7 @@ from sparkdl.io.plan import ShardPlan, plan_pieces, shards_of
 from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
-from sparkdl.parallel import DataParallel
+from sparkdl.parallel import DataParallel, Setting
 from sparkdl.schedule import SchedulerRecipe
 from sparkdl.trainer import History, Trainer
 from tests.dist.conftest import Torchrun
@@ -86,7 +86,7 @@ def train(
     cosine = SchedulerRecipe("CosineAnnealingLR", {}, "step")
     objective, strategy = Objective(parity), DataParallel()
     build = optimization_builder(OptimizerRecipe("adamw", 0.01), cosine, config, steps_per_epoch=STEPS)
-    strategy.prepare(make(), objective, build, config, find_unused_parameters=False, example=example)
+    strategy.prepare(make(), objective, build, config, Setting(example, False))
     store = CheckpointStore(str(folder / name))
     seen = 0
 
@@ -105,7 +105,7 @@ def train(
                 assert newest.step == STOPPED
                 trainer.load_state_dict(data, store.load(newest))
             history = list(trainer.fit(data))  # as torch.load takes it
-        last, best = strategy.module.state_dict(), trainer.module.state_dict()
+        last, best = strategy.module.state_dict(), trainer.gather().state_dict()
         weights = {**last, **{f"best.{name}": value for name, value in best.items()}}
         return {name: value.clone() for name, value in weights.items()}, history
     except Preempted as error:

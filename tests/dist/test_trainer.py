@@ -16,7 +16,7 @@ from sparkdl.io.plan import ShardPlan
 from sparkdl.objective import Objective
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
-from sparkdl.parallel import DataParallel
+from sparkdl.parallel import DataParallel, Setting
 from sparkdl.trainer import Trainer
 from tests.dist.conftest import Torchrun
 
@@ -162,7 +162,7 @@ def train(case: Case, events: list[dict[str, Any]] | None = None) -> dict[str, A
                 parameter.add_(1)
     strategy = DataParallel()
     build = optimization_builder(case.recipe(), None, config, steps_per_epoch=len(SLICES))
-    strategy.prepare(module, objective, build, config, find_unused_parameters=False, example=case.rows(0, 2))
+    strategy.prepare(module, objective, build, config, Setting(case.rows(0, 2), False))
     report = (lambda event: None) if events is None else events.append
     trainer = Trainer(
         strategy, objective, config, device=torch.device("cpu"), has_validation=True, report=report

@@ -17,7 +17,7 @@ from sparkdl.errors import ConfigError
 from sparkdl.objective import Objective, build_loss, loss_names
 from sparkdl.optimization import optimization_builder
 from sparkdl.optimizer import OptimizerRecipe
-from sparkdl.parallel import DataParallel
+from sparkdl.parallel import DataParallel, Setting
 
 ROWS, FEATURES, CLASSES, TARGETS = 23, 5, 4, 3
 CUTS = [[23], [1, 22], [7, 0, 16], [0, 11, 12, 0], [5, 5, 5, 5, 3]]
@@ -485,7 +485,7 @@ def strategy_of(
     strategy = DataParallel()
     config = TrainConfig(micro_batch_size=micro_batch_size)
     build = optimization_builder(OptimizerRecipe("sgd", rate), None, config, steps_per_epoch=1)
-    strategy.prepare(module, Objective(loss), build, config, find_unused_parameters=False, example=NO_ROWS)
+    strategy.prepare(module, Objective(loss), build, config, Setting(NO_ROWS, False))
     return strategy
 
 
