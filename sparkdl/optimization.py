@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparkdl.config import TrainConfig
@@ -82,14 +82,18 @@ class Optimization:
 
     def backward(self, loss: Tensor, scale: float) -> None:
         """Add ``scale`` times the gradient of a loss, shape (), to the gradients."""
+        factor = torch.tensor(scale, dtype=loss.dtype, device=loss.device)
         if self._config.non_finite == "skip":
             # The gradient of a loss that is no number may be one. Through that of the smallest parameter, all ranks see
-            # that the step is to be left out.
-            loss = loss + self._smallest.sum() * (loss.detach() * 0)
+            # that the step is to be left out; where a rank holds a part of it alone, through those of all parameters.
+            if _is_sharded(self._smallest):
+                factor = factor + loss.detach() * 0
+            else:
+                loss = loss + self._smallest.sum() * (loss.detach() * 0)
         if self._scaler.is_enabled():
-            self._scaler.scale(loss * scale).backward()
+            self._scaler.scale(loss * factor).backward()
         else:
-            loss.backward(torch.tensor(scale, dtype=loss.dtype, device=loss.device))
+            loss.backward(factor)
 
     def step(self) -> bool:
         """Bring the weights forward by the gradients, which are those of the global batch and equal on all ranks.
@@ -103,34 +107,47 @@ class Optimization:
                 self._scaler.unscale_(optimizer)
         taken = self._counts_as_step()
         if taken:
-            if config.gradient_clip_value is not None:
-                clip_grad_value_(self._parameters, config.gradient_clip_value)
-            self._learning_rate = self._rates.current(self.steps)[0]
-            with self._rates.warmed(self.steps):
-                for optimizer in self.optimizers:
-                    self._scaler.step(optimizer)
+            self.update()
         else:
             with torch.no_grad():
                 for value, before in zip(self._module.buffers(), self._buffers, strict=True):
                     value.copy_(before)
         if self._scaler.is_enabled():
             self._scaler.update()
-        self.steps += 1
-        self._rates.after_step(self.steps)
+        self.advance()
         if taken and config.averaging == "ema" and self._average is not None and self.steps > self._averages_from:
             self._average.update_parameters(self._module)
         return taken
+
+    def update(self, rate_factor: float = 1.0) -> None:
+        """Bring the weights forward by the gradients that are there, without counting it as a step.
+
+        Args:
+            rate_factor: What the learning rates are multiplied by this once.
+        """
+        if self._config.gradient_clip_value is not None:
+            clip_grad_value_(self._parameters, self._config.gradient_clip_value)
+        with self._rates.warmed(self.steps, rate_factor):
+            for optimizer in self.optimizers:
+                self._scaler.step(optimizer)
+
+    def advance(self) -> None:
+        """Count a step, and bring forward what goes by steps."""
+        self._learning_rate = self._rates.current(self.steps)[0]
+        self.steps += 1
+        self._rates.after_step(self.steps)
 
     def _counts_as_step(self) -> bool:
         """Clip the gradients by their norm; False where the step is to be left out."""
         config = self._config
         skips = config.non_finite == "skip"
-        if config.gradient_clip_norm is not None:
-            norm = clip_grad_norm_(self._parameters, config.gradient_clip_norm)
-        elif skips or self._scaler.is_enabled():
-            norm = get_total_norm([value.grad for value in self._parameters if value.grad is not None])
-        else:
+        if config.gradient_clip_norm is None and not skips and not self._scaler.is_enabled():
             return True
+        norm: Any = get_total_norm([value.grad for value in self._parameters if value.grad is not None])
+        if _is_sharded(norm):
+            norm = norm.full_tensor()
+        if config.gradient_clip_norm is not None:
+            clip_grads_with_norm_(self._parameters, config.gradient_clip_norm, norm)
         bad = ~torch.isfinite(norm)
         if skips or self._scaler.is_enabled():
             self._skipped += bad
@@ -221,6 +238,11 @@ def optimization_builder(
         return Optimization(module, recipe, scheduler, config, steps_per_epoch=steps_per_epoch)
 
     return build
+
+
+def _is_sharded(value: Tensor) -> bool:
+    """True for a `torch.distributed.tensor.DTensor`, which is not imported for those who need none."""
+    return hasattr(value, "full_tensor")
 
 
 def _average_of(module: nn.Module, config: TrainConfig) -> AveragedModel | None:

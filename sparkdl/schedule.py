@@ -245,13 +245,14 @@ class LearningRates:
         self._warmup_steps = warmup_steps
 
     @contextlib.contextmanager
-    def warmed(self, step: int) -> Iterator[None]:
+    def warmed(self, step: int, rate_factor: float = 1.0) -> Iterator[None]:
         """While the optimizers take this step: their rates times the factor of the warm-up.
 
         Args:
             step: Optimizer steps before this one.
+            rate_factor: What the rates are multiplied by besides.
         """
-        factor = warmup_factor(step, self._warmup_steps)
+        factor = warmup_factor(step, self._warmup_steps) * rate_factor
         if factor == 1.0:
             yield
             return
