@@ -98,6 +98,7 @@ class RankData:
         reshuffle_interval: Epochs after which all rows are permuted over all shards, with the other ranks.
         pin: Put batches into page-locked memory, from which a GPU reads asynchronously.
         fingerprint: Of the plan and all that decides the order; goes into the state.
+        whole: Reads the validation rows, where these are read with further columns.
     """
 
     plan: ShardPlan
@@ -115,6 +116,7 @@ class RankData:
     reshuffle_interval: int | None = None
     pin: bool = False
     fingerprint: str = ""
+    whole: "RankData | None" = None
     _arenas: dict[int, Arena] = field(default_factory=dict, init=False, repr=False)
     _position: tuple[int, int] = field(default=(0, 0), init=False)
     _reshuffled: int = field(default=0, init=False)
@@ -362,7 +364,7 @@ class RankData:
     # ---- validation rows ---------------------------------------------------------------------------------------------
     def open_validation(self, rows: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         """The rank's validation rows in file order, in batches of at most ``rows`` rows."""
-        return prefetched(self._validation(rows))
+        return prefetched((self.whole or self)._validation(rows))
 
     def _validation(self, rows: int) -> Iterator[Batch]:
         names = {column.field: column.name for column in self.columns}
@@ -387,8 +389,10 @@ class RankData:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         columns = self.columns
         cut = {name: tensor.split(counts) for name, tensor in tensors.items()}
-        inputs = zip(*(cut[column.field] for column in columns.inputs), strict=True)
-        labels = zip(*(cut[column.field] for column in columns.labels), strict=True)
+        inputs, labels = (
+            zip(*(cut[column.field] for column in own), strict=True) if own else [()] * len(counts)
+            for own in (columns.inputs, columns.labels)
+        )
         weights: Sequence[torch.Tensor | None] = [None] * len(counts)
         if columns.weight is not None:
             weights = cut[columns.weight.field]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_partitioning", "deal_rows", "plan_cuts"]
 
-_ID, _KEY = "id", "key"
+_ID, _KEY, _OWNER = "id", "key", "owner"
 _ROW_BITS = 33  # of monotonically_increasing_id: the row's position; the partition's number is above
 
 
@@ -67,6 +67,7 @@ def deal_rows(
     *,
     num_shards: int,
     world_size: int,
+    owners: Sequence[Sequence[int]] | None = None,
     partitioning: Partitioning = "sample",
     key: str | None = None,
     seed: int = 0,
@@ -91,7 +92,9 @@ def deal_rows(
         df: The rows.
         columns: What to keep of them.
         num_shards: Shards.
-        world_size: Ranks, and partitions of the result; shard s lies in partition ``s % world_size``.
+        world_size: Ranks, and partitions of the result.
+        owners: Groups of partitions; shard s lies in those of ``owners[s % len(owners)]``, in each with all of its
+            rows. None: in partition ``s % world_size``.
         partitioning: How rows are dealt.
         key: The column for ``"key"``.
         seed: Seed of ``"random"``.
@@ -118,10 +121,15 @@ def deal_rows(
     else:
         shard = F.pmod(F.col(_KEY), F.lit(num_shards))
     dealt = selected.withColumn(SHARD, shard.cast("int"))
+    target = F.col(SHARD) % (world_size if owners is None else len(owners))
+    if owners is not None:
+        copies = F.array(*(F.array(*map(F.lit, own)) for own in owners))
+        dealt = dealt.withColumn(_OWNER, F.explode(F.element_at(copies, target + 1)))
+        target = F.col(_OWNER)
     # Places exactly; a hash of the shard's number would leave ranks empty.
-    placed = dealt.repartitionById(world_size, F.col(SHARD) % world_size)
+    placed = dealt.repartitionById(world_size, target)
     # Without the sort, the order would be that in which shuffle blocks arrive.
-    return placed.sortWithinPartitions(_ID).drop(_ID, _KEY)
+    return placed.sortWithinPartitions(_ID).drop(_ID, _KEY, _OWNER)
 
 
 def plan_cuts(partition_rows: Mapping[int, int], num_shards: int) -> list[tuple[int, int]]:

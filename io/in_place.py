@@ -6,7 +6,7 @@ decoded, and which rows of a row group are kept. Inspection counts the same rows
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "dropping_columns",
     "in_place",
     "kept_rows",
+    "narrowed",
     "physical_columns",
     "select_rows",
     "source_columns",
@@ -57,6 +58,7 @@ class InPlace:
         draw: Which rows are drawn for validation; None: none are.
         file_names: Names of the files by path, for the draw.
         validation: How validation rows are made, where they come from a data set of their own.
+        dropping: Columns whose nulls drop the row; None: those among ``columns`` that say so.
     """
 
     columns: Columns
@@ -71,6 +73,7 @@ class InPlace:
     draw: Draw | None = None
     file_names: Mapping[str, str] = field(default_factory=dict, repr=False)
     validation: "InPlace | None" = None
+    dropping: Mapping[str, Column] | None = None
 
 
 def in_place(discovered: DiscoveredDataset, columns: Columns) -> InPlace:
@@ -93,6 +96,16 @@ def in_place(discovered: DiscoveredDataset, columns: Columns) -> InPlace:
         draw=discovered.draw,
         file_names={} if discovered.draw is None else discovered.file_names,
     )
+
+
+def narrowed(context: InPlace, columns: Columns) -> InPlace:
+    """The same rows with some of the columns alone, those that decide which rows these are apart."""
+    used = {name for column in columns for name in source_columns(column)} | {*context.filter_columns}
+    used |= {*dropping_columns(context)}
+    if columns.validation is not None:
+        used.add(columns.validation.name)
+    schema = pa.schema([one for one in context.schema if one.name in used or one.name in context.partition_types])
+    return replace(context, columns=columns, schema=schema, dropping=dropping_columns(context))
 
 
 def physical_columns(context: InPlace) -> tuple[str, ...]:
@@ -137,6 +150,8 @@ def source_columns(column: Column) -> tuple[str, ...]:
 
 def dropping_columns(context: InPlace) -> dict[str, Column]:
     """The columns of files and folders whose nulls drop the row, each with the column that says so."""
+    if context.dropping is not None:
+        return dict(context.dropping)
     return {name: column for column in context.columns if column.nulls == "drop" for name in source_columns(column)}
 
 

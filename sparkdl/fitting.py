@@ -23,7 +23,7 @@ from sparkdl.barrier.preflight import preflight
 from sparkdl.barrier.resources import find_settings, find_slots, profile_for
 from sparkdl.barrier.supervise import Restart, RestartPolicy, supervise
 from sparkdl.callbacks import check_callbacks
-from sparkdl.checks import build_module, check_config, check_optimization, floating_dtype
+from sparkdl.checks import build_module, check_config, check_optimization, check_strategy, floating_dtype
 from sparkdl.config import Column, Columns, RunSpec, TrainConfig
 from sparkdl.errors import ConfigError, DataError
 from sparkdl.history import History
@@ -53,11 +53,11 @@ from sparkdl.model import (
     copy_params,
     fitted_copy,
 )
+from sparkdl.parallel import Replicas, Strategy, build_strategy
 from sparkdl.params import (
     column_rules,
     rules_of_targets,
 )
-from sparkdl.parallel import build_strategy
 from sparkdl.persistence import ModuleReader, ModuleWriter, Saved
 from sparkdl.preparation import check_preparation
 from sparkdl.progress import Progress
@@ -213,6 +213,9 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
         report.raise_errors()
         if report.slots is not None:
             logger.info("numTrainWorkers: %d of %d slots used", config.num_train_workers, report.slots)
+        if config.num_shards is None:
+            dp_size = job.recipe.strategy.replicas(config.num_train_workers).dp_size
+            config = dataclasses.replace(config, num_shards=dp_size)
         thresholds = self._value("thresholds") if self.hasParam("thresholds") else None
         spec = RunSpec(
             run_id=new_run_id(),
@@ -229,7 +232,7 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
     ) -> tuple[list[RankResult], list[Restart], bool]:
         """What the ranks found, in their order; why they were started again; and whether all reach the same rows."""
         spark, job, spec, profile = prepared.spark, prepared.job, prepared.spec, prepared.profile
-        config = spec.config
+        config, strategy = spec.config, job.recipe.strategy
         policy = RestartPolicy(
             max_restarts=config.max_restarts,
             num_workers=config.num_train_workers,
@@ -256,7 +259,7 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
                     config=dataclasses.replace(config, num_train_workers=ranks, num_shards=spec.num_shards),
                 )
                 return launch_stage(
-                    rows.for_ranks(this),
+                    rows.for_ranks(this, strategy.replicas(ranks)),
                     functools.partial(run_rank, this, rows.staged, rows.in_place),
                     world_size=ranks,
                     run_id=spec.run_id,
@@ -267,7 +270,11 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
                     profile=profile,
                 )
 
-            chunks = supervise(run, policy, find_slots=lambda: find_slots(spark, profile), on_restart=restarts.append)
+            def find_ranks() -> int | None:
+                slots = find_slots(spark, profile)
+                return None if slots is None else _most_ranks(strategy, min(slots, config.num_train_workers))
+
+            chunks = supervise(run, policy, find_slots=find_ranks, on_restart=restarts.append)
         if not all(chunks):  # Spark sees that a plan has no rows, and starts no tasks for it
             raise DataError("The DataFrame has no rows to train on. Check the filters and joins before fit.")
         results = [RankResult.of_chunks(found) for found in chunks]
@@ -379,7 +386,8 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
         if not isinstance(dataset, DiscoveredDataset) and config.partitioning is not None:
             check_partitioning(dataset, config.partitioning, config.partition_key_col)
         objective = self._objective(loss, columns, shows_output=self._kind != "any" or bool(metrics))
-        strategy = build_strategy("ddp")
+        strategy = build_strategy(self._value("strategy"))
+        check_strategy(strategy, module, config)
         recipe = Recipe(module, objective, strategy, optimizer, scheduler, transform, metrics, self._kind, callbacks)
         if columns.validation is None and config.validation_fraction is None and second is None:
             check_goes_without_validation(config, metrics)
@@ -440,7 +448,7 @@ class TorchTrainer(Estimator[M], RecipeParams, Saved, MLWritable, MLReadable[Any
         return ModuleReader(cls)
 
     def _saved_objects(self) -> dict[str, Any]:
-        saved = ("module", "loss", "optimizer", "transform", *_CALLABLES)
+        saved = ("module", "loss", "optimizer", "strategy", "transform", *_CALLABLES)
         return {name: self._value(name) for name in saved if self._value(name) is not None and self.isSet(name)}
 
     def _restore(self, objects: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -516,18 +524,30 @@ class _OpenRows:
     staged: StagedDataset | None = None
     in_place: InPlace | None = None
 
-    def for_ranks(self, spec: RunSpec) -> "DataFrame":
+    def for_ranks(self, spec: RunSpec, replicas: Replicas) -> "DataFrame":
         """What feeds the barrier tasks: one partition each."""
         if self.spooled is None:
             return _one_row_per_rank(self.spark, spec.config.num_train_workers)
         partitioning = spec.config.partitioning or "sample"
         ranks = spec.config.num_train_workers
-        return deal_rows(self.spooled, spec.columns, world_size=ranks, partitioning=partitioning, **_dealing(spec))
+        owners = None if replicas.each_rank_is_one else replicas.groups
+        return deal_rows(
+            self.spooled, spec.columns, world_size=ranks, owners=owners, partitioning=partitioning, **_dealing(spec)
+        )
 
 
 def _is_spooled(config: TrainConfig) -> bool:
     """True where each rank keeps rows of a DataFrame on its own disk."""
     return config.staging_dir is None and config.checkpoint_dir is None
+
+
+def _most_ranks(strategy: Strategy, slots: int) -> int:
+    """The most ranks that the strategy can arrange in as many slots."""
+    for ranks in range(slots, 0, -1):
+        with contextlib.suppress(ConfigError):
+            strategy.replicas(ranks)
+            return ranks
+    return 0
 
 
 def _request(config: TrainConfig) -> Request:

@@ -285,6 +285,14 @@ class TrainParams(
         "out, it is that of the whole fit.",
         _dict,
     )
+    strategy: "Param[Any]" = Param(
+        Params._dummy(),
+        "strategy",
+        "how the ranks train the module together: ddp, fsdp, hsdp, tensor_parallel, pipeline, hybrid, local_sgd, "
+        "parameter_server, auto (measures on the cluster and picks one); or an object of sparkdl.parallel, which has "
+        "options.",
+        _identity,
+    )
     trainingStep: "Param[Any]" = Param(
         Params._dummy(),
         "trainingStep",
@@ -353,7 +361,7 @@ class TrainParams(
         self._setDefault(optimizer="adamw", optimizerParams=None, learningRate=None, featuresCol="features")
         self._setDefault(weightDecay=None, parameterGroups=None, configure=None, scheduler=None, schedulerParams=None)
         self._setDefault(trainingStep=None, predictionStep=None, metrics=None, callbacks=None, trackers=None)
-        self._setDefault(transform=None, validationDataset=None, **COLUMN_RULES)
+        self._setDefault(strategy="ddp", transform=None, validationDataset=None, **COLUMN_RULES)
         # A Param is what JSON can hold.
         defaults = {
             camel_case(field.name): list(field.default) if isinstance(field.default, tuple) else field.default

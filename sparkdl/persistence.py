@@ -14,7 +14,7 @@ import pickle
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
@@ -25,6 +25,7 @@ from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, 
 from pyspark.sql import functions as F
 from torch import nn
 
+from sparkdl import parallel
 from sparkdl.errors import PersistenceError
 from sparkdl.serialization import (
     describe_module,
@@ -185,8 +186,10 @@ def _describe(thing: Any, role: str) -> tuple[dict[str, Any], bytes | None]:
     if isinstance(thing, Mapping) and not any(isinstance(entry, nn.Module) for entry in thing.values()):
         return {"dict": {name: _describe(entry, role)[0] for name, entry in thing.items()}}, None
     if isinstance(thing, _TRACKERS):
-        fields = {name: value for name, value in asdict(thing).items() if not name.startswith("_")}
-        return {"tracker": type(thing).__name__, "fields": fields}, None
+        settings = {name: value for name, value in asdict(thing).items() if not name.startswith("_")}
+        return {"tracker": type(thing).__name__, "fields": settings}, None
+    if _is_of_parallel(type(thing)):
+        return _describe_options(thing, role), None
     path = path_of(thing)
     if path is None:
         raise PersistenceError(
@@ -197,8 +200,50 @@ def _describe(thing: Any, role: str) -> tuple[dict[str, Any], bytes | None]:
     return {"import": path}, None
 
 
+def _is_of_parallel(kind: type) -> bool:
+    """True of the strategies and their options, which are described by their fields."""
+    return is_dataclass(kind) and kind.__name__ in parallel.__all__ and getattr(parallel, kind.__name__) is kind
+
+
+def _describe_options(thing: Any, role: str) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if _is_of_parallel(type(value)):
+            return _describe_options(value, role)
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        if isinstance(value, Mapping):
+            return {"dict": {str(name): plain(entry) for name, entry in value.items()}}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise PersistenceError(
+            f"The {role} {thing!r} holds a {type(value).__name__}, which cannot be described. Use numbers and text, or "
+            'save with .option("allowPickle", "true").'
+        )
+
+    options = {one.name: plain(getattr(thing, one.name)) for one in fields(thing) if one.init}
+    return {"strategy": type(thing).__name__, "options": options}
+
+
+def _restored_options(described: Any) -> Any:
+    if isinstance(described, list):
+        return tuple(_restored_options(entry) for entry in described)
+    if not isinstance(described, Mapping):
+        return described
+    if "dict" in described:
+        return {name: _restored_options(entry) for name, entry in described["dict"].items()}
+    name = described["strategy"]
+    if name not in parallel.__all__ or not is_dataclass(getattr(parallel, name)):
+        raise PersistenceError(
+            f"The file holds a strategy of unknown kind {name!r}. Was it written by a newer version?"
+        )
+    options = {option: _restored_options(value) for option, value in described["options"].items()}
+    return getattr(parallel, name)(**options)
+
+
 def _restored(described: Mapping[str, Any]) -> Any:
     """What `_describe` described, but for modules."""
+    if "strategy" in described:
+        return _restored_options(described)
     if "import" in described:
         return resolve_function(described["import"])
     if "list" in described:
@@ -211,9 +256,9 @@ def _restored(described: Mapping[str, Any]) -> Any:
             raise PersistenceError(
                 f"The file holds a tracker of unknown kind {described['tracker']!r}. Was it written by a newer version?"
             )
-        fields = described["fields"].items()
+        settings = described["fields"].items()
         return known[described["tracker"]](
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields}
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in settings}
         )
     return described["value"]
 

@@ -20,10 +20,11 @@ from sparkdl.io.batches import RankData, Reading
 from sparkdl.io.cache import Cache, check_tier, find_free, plan_cache
 from sparkdl.io.decode import Decoder, Layout, Transform, stacked
 from sparkdl.io.feed import Standardise, row_nbytes
-from sparkdl.io.in_place import InPlace, Split, physical_columns, select_rows
-from sparkdl.io.plan import Piece, ShardPlan, plan_pieces, shards_of
+from sparkdl.io.in_place import InPlace, Split, narrowed, physical_columns, select_rows
+from sparkdl.io.plan import Piece, ShardPlan, plan_pieces
 from sparkdl.io.stage import Facts, StagedDataset, open_spool
 from sparkdl.io.statistics import global_moments, global_vocabulary
+from sparkdl.parallel import Place
 
 __all__ = ["Learnt", "Source", "open_source"]
 
@@ -50,6 +51,8 @@ class Source:
     Attributes:
         spec: What to train and how.
         world: Who this rank is.
+        place: What it is to the data.
+        in_place: Set where the rows are the user's own Parquet files.
         pieces: Of every shard that it reaches: its own where it spooled them, else all.
         validation: Its part of the validation rows.
         rows: What is known of the rows.
@@ -60,6 +63,8 @@ class Source:
 
     spec: RunSpec
     world: World
+    place: Place
+    in_place: InPlace | None
     pieces: Mapping[int, Sequence[Piece]]
     validation: Sequence[Piece]
     rows: Facts
@@ -70,7 +75,7 @@ class Source:
     @property
     def shards(self) -> tuple[int, ...]:
         """The shards that this rank begins with."""
-        return tuple(shards_of(self.world.rank, self.world.world_size, self.spec.num_shards))
+        return tuple(self.place.shards(self.spec.num_shards))
 
     def sample(self) -> Mapping[str, torch.Tensor] | None:
         """A few decoded training rows; None where the rank has none."""
@@ -121,7 +126,7 @@ class Source:
         if asked == "auto" and (decoder.is_random or (config.max_epochs == 1 and config.shuffle != "full")):
             asked = "none"
         free = find_free(device, self.world.local_world_size, encrypt=spec.encrypt_spool)
-        data = RankData(
+        whole = RankData(
             plan=ShardPlan(shard_rows, config.batch_size),
             pieces=self.pieces,
             validation=self.validation,
@@ -138,8 +143,35 @@ class Source:
             pin=device.type == "cuda",
             fingerprint=self.fingerprint,
         )
+        data = self._narrowed(whole)
         moments = {name: [mean.tolist(), scale.tolist()] for name, (mean, scale) in standardise.items()}
         return data, Learnt(vocabularies, moments)
+
+    def _narrowed(self, whole: RankData) -> RankData:
+        """The data with the columns alone that this rank of its replica needs."""
+        columns, place = whole.columns, self.place
+        if whole.decoder.transform is not None or (place.reads_inputs and place.reads_labels):
+            return whole
+        needed = dataclasses.replace(
+            columns,
+            inputs=columns.inputs if place.reads_inputs else (),
+            labels=columns.labels if place.reads_labels else (),
+            weight=columns.weight if place.reads_labels else None,
+        )
+        fields = [column.field for column in needed]
+        if self.in_place is None:
+            reading = dataclasses.replace(whole.reading, columns=fields)
+        else:
+            threads = whole.reading.threads
+            reading = dataclasses.replace(_reading(narrowed(self.in_place, needed), "train"), threads=threads)
+        return dataclasses.replace(
+            whole,
+            decoder=dataclasses.replace(whole.decoder, columns=needed),
+            layout={field: whole.layout[field] for field in fields},
+            reading=reading,
+            standardise={field: found for field, found in whole.standardise.items() if field in fields},
+            whole=whole,
+        )
 
     def _own_pieces(self) -> list[Piece]:
         return [piece for shard in self.shards for piece in self.pieces[shard]]
@@ -197,6 +229,7 @@ def open_source(
     staged: StagedDataset | None,
     in_place: InPlace | None,
     world: World,
+    place: Place,
     batches: Iterator[pa.RecordBatch],
     transform: Transform | None,
 ) -> Iterator[Source]:
@@ -207,6 +240,7 @@ def open_source(
         staged: The rows that all ranks reach; None to spool ``batches``.
         in_place: Set where these are the user's own Parquet files.
         world: Who this rank is.
+        place: What it is to the data.
         batches: Its partition of the DataFrame; carries only the rank's number where rows are staged.
         transform: The user's function on columns.
 
@@ -224,12 +258,14 @@ def open_source(
     }
     fingerprint = ShardPlan((0,) * spec.num_shards, config.batch_size).fingerprint(**settings)
     if staged is None:
-        shards = shards_of(world.rank, world.world_size, spec.num_shards)
-        with open_spool(batches, columns, shards, encrypt=spec.encrypt_spool) as spool:
+        with open_spool(batches, columns, place.shards(spec.num_shards), encrypt=spec.encrypt_spool) as spool:
             whole = {shard: [Piece(group, 0, group.rows) for group in groups] for shard, groups in spool.shards.items()}
-            validation = [Piece(group, 0, group.rows) for group in spool.validation]
+            validation: Sequence[Piece] = plan_pieces(spool.validation, place.size)[
+                place.index
+            ]  # all ranks of the replica have them
             reading = Reading([column.field for column in columns])
-            yield Source(spec, world, whole, validation, spool.facts, decoder, reading, fingerprint)
+            facts = spool.facts if place.leads else dataclasses.replace(spool.facts, dropped=0)
+            yield Source(spec, world, place, None, whole, validation, facts, decoder, reading, fingerprint)
         return
     for _ in batches:
         pass
@@ -241,8 +277,8 @@ def open_source(
     # What is known of all rows is told by one rank, so that it is counted once.
     facts = staged.facts if world.rank == 0 else dataclasses.replace(staged.facts, dropped=0)
     pieces = dict(enumerate(staged.pieces(spec.num_shards)))
-    validation = list(plan_pieces(staged.validation, world.world_size)[world.rank])
-    yield Source(spec, world, pieces, validation, facts, decoder, reading, fingerprint)
+    validation = plan_pieces(staged.validation, world.world_size)[world.rank]
+    yield Source(spec, world, place, in_place, pieces, validation, facts, decoder, reading, fingerprint)
 
 
 def _reading(context: InPlace, split: Split) -> Reading:

@@ -177,7 +177,7 @@ def fit_module(
         config: How to train; None: the defaults. ``checkpoint_dir`` is the directory of this run alone.
         metrics: Of the validation rows: a list of names and torchmetrics objects, or a dict of them.
         callbacks: Called in every process; the objects themselves, not copies.
-        on_event: Called in process 0 with what the driver's trackers get on a cluster: "plan", "step" and "epoch".
+        on_event: Called in one process with what the driver's trackers get on a cluster: "plan", "step" and "epoch".
         resume: Go on from the newest checkpoint of ``checkpoint_dir``; begin anew where there is none.
 
     Raises:
@@ -253,12 +253,12 @@ def fit_module(
                 logged=trial.logged,
                 validated=trial.validated,
                 callbacks=Callbacks(check_callbacks(callbacks)),
-                report=_reporter(config, on_event) if world.rank == 0 else lambda event: None,
+                report=_reporter(config, on_event),
                 saver=saver,
             )
             if store is not None and name is not None:
                 trainer.load_state_dict(data, store.load(name))
-            if on_event is not None and world.rank == 0:
+            if on_event is not None and place.leads and not place.dp_rank:
                 on_event(_plan_event(config, data.plan.num_rows, data.plan.num_steps, data.position, device))
             history = trainer.fit(data)
         weights = {key: value.detach().cpu() for key, value in state_of(trainer.gather()).items()}

@@ -82,7 +82,7 @@ class RankResult:
         weights: Rank 0's weights as safetensors; empty from other ranks.
         device: Where the rank trained.
         threads: Torch threads of the rank.
-        rows: Training rows that the rank read in its last epoch.
+        rows: Training rows that the rank counted in its last epoch: 0 where another one of its replica does.
         shards: The shards that it read then.
         inputs: Name of the dtype and shape of one row of each input.
         outputs: Values per row of the module's output; 2 where it is the one logit of a classifier.
@@ -166,7 +166,9 @@ def run_rank(
             recipe: Recipe = pickle.loads(spec.payload)
             module, objective = recipe.module, recipe.objective
             freeze_parameters(module, config.frozen_parameters)
-            source = stack.enter_context(open_source(spec, staged, in_place, rank.world, batches, recipe.transform))
+            place = recipe.strategy.replicas(rank.world.world_size).place_of(rank.world.rank)
+            rows = open_source(spec, staged, in_place, rank.world, place, batches, recipe.transform)
+            source = stack.enter_context(rows)
             device = select_device(
                 config.device,
                 gpu_addresses=rank.gpu_addresses,
@@ -272,7 +274,7 @@ def run_rank(
             weights=dump_weights(trained) if rank.world.rank == 0 else b"",
             device=str(device),
             threads=threads,
-            rows=data.rows,
+            rows=data.rows if ready.source.place.leads else 0,
             shards=list(data.dealt),
             inputs=[(dtype, list(shape)) for dtype, shape in inputs],
             outputs=found.outputs,
@@ -424,7 +426,6 @@ def _announce(spec: RunSpec, rank: RankContext, device: torch.device, threads: i
 
 def _reporter(rank: RankContext) -> Any:
     def report(event: dict[str, Any]) -> None:
-        if rank.world.rank == 0:
-            rank.channel.send(event["event"], **{name: value for name, value in event.items() if name != "event"})
+        rank.channel.send(event["event"], **{name: value for name, value in event.items() if name != "event"})
 
     return report

@@ -96,7 +96,7 @@ class Trainer:
         logged: Names of what a training step returns besides the loss.
         validated: Names of what it returns of validation rows; None for the same.
         callbacks: The user's code.
-        report: Called with progress a few times per second.
+        report: Called with progress a few times per second, on the rank that leads the first replica.
         clock: Told where the loop is.
         saver: Writes checkpoints; None writes none.
 
@@ -116,11 +116,12 @@ class Trainer:
         logged: Sequence[str] = (),
         validated: Sequence[str] | None = None,
         callbacks: Callbacks = NO_CALLBACKS,
-        report: Report = lambda event: None,
+        report: Report | None = None,
         clock: ProgressClock | None = None,
         saver: Saver | None = None,
     ) -> None:
         self._strategy = strategy
+        self._place: Place = strategy.replicas(dist.get_world_size()).place_of(dist.get_rank())
         self._objective = objective
         self._config = config
         self._device = device
@@ -129,14 +130,13 @@ class Trainer:
         self._logged = tuple(logged)
         self._validated = self._logged if validated is None else tuple(validated)
         self._callbacks = callbacks
-        self._report = report
+        self._report = report if report and self._place.leads and not self._place.dp_rank else _say_nothing
         self._clock = clock or ProgressClock()
         self._saver = saver
         self._monitor = config.monitor or ("validation_loss" if has_validation else "loss")
         self._best = Best(monitor_mode(self._monitor, config.monitor_mode), config.early_stopping_min_delta)
         self._best_weights: dict[str, torch.Tensor] | None = None
         self._gathered: tuple[int, nn.Module] | None = None
-        self._place: Place = strategy.replicas(dist.get_world_size()).place_of(dist.get_rank())
         self._done = 0  # optimizer steps
         self._history = History()
         self._sums = EpochSums.zero(device, self._logged)
@@ -222,10 +222,8 @@ class Trainer:
                     generator.manual_seed(seed)
                 meets = strategy.meets(self._done + 1)
                 own, everyone = self._denominators(batch, plan.batch_rows(step), met=meets)
-                asked_to_save = saver is not None and (
-                    meets or saver.is_due(self._done + 1) or step + 1 == plan.num_steps
-                )
-                if asked_to_save:
+                agrees = meets or step + 1 == plan.num_steps or (saver is not None and saver.is_due(self._done + 1))
+                if saver is not None and agrees:
                     saver.ask(self._done + 1)
                 stepped = time.perf_counter()
                 result = strategy.train_step(batch, everyone)
@@ -244,7 +242,7 @@ class Trainer:
                     self._report(self._progress(epoch, step, meter.read(now, sums)))
                 if self._callbacks:
                     self._call("on_step_end", plan, sums=sums)
-                if asked_to_save:
+                if saver is not None and agrees:
                     due = saver.agreed()
                     if due and step + 1 < plan.num_steps:  # the last one waits for the epoch's record
                         sums.seconds += now - began
@@ -356,7 +354,7 @@ class Trainer:
             "loss": self._sums.mean_loss,
             "learning_rate": self._strategy.optimization.learning_rate,
             **rates,
-            "rows_per_second": rates["rows_per_second"] * dist.get_world_size(),
+            "rows_per_second": rates["rows_per_second"] * self._place.dp_size,
         }
 
     def _view(self, plan: ShardPlan, sums: EpochSums | None) -> RunView:
@@ -537,6 +535,10 @@ class Trainer:
         self._clock.at("reduce", self._done)
         dist.all_reduce(summed)
         return tuple(summed.tolist())
+
+
+def _say_nothing(event: dict[str, Any]) -> None:
+    """To nobody."""
 
 
 def _mean(loss: float, denominator: float, rows: float) -> float:

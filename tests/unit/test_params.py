@@ -85,6 +85,7 @@ VALUES: dict[str, Any] = {
     "thresholds": [0.3, 0.7],
     "outputCol": "result",
     "outputCols": ["r", "s"],
+    "strategy": "local_sgd",
     "numTrainWorkers": 2,
     "numShards": 4,
     "partitioning": "key",
@@ -127,7 +128,7 @@ VALIDATION = [
     "earlyStoppingPatience", "earlyStoppingMinDelta", "restoreBest", "callbacks", "trackers", "trackingDir",
 ]  # fmt: skip
 COMMON_AFTER = [
-    "numTrainWorkers", "numShards", "device", "stagingDir", "checkpointDir", "checkpointInterval", "checkpointSeconds",
+    "strategy", "numTrainWorkers", "numShards", "device", "stagingDir", "checkpointDir", "checkpointInterval", "checkpointSeconds",
     "keepCheckpoints", "maxRestarts", "minWorkers", "timeouts", "allowUnencryptedTraffic", "verbose",
 ]  # fmt: skip
 SIGNATURES = {
@@ -172,6 +173,7 @@ DEFAULTS: dict[str, Any] = {
     "probabilityCol": "probability",
     "rawPredictionCol": "rawPrediction",
     "outputCol": "output",
+    "strategy": "ddp",
     "numTrainWorkers": 1,
     "device": "auto",
     "keepCheckpoints": 3,
