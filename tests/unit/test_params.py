@@ -128,8 +128,8 @@ VALIDATION = [
     "earlyStoppingPatience", "earlyStoppingMinDelta", "restoreBest", "callbacks", "trackers", "trackingDir",
 ]  # fmt: skip
 COMMON_AFTER = [
-    "strategy", "numTrainWorkers", "numShards", "device", "stagingDir", "checkpointDir", "checkpointInterval", "checkpointSeconds",
-    "keepCheckpoints", "maxRestarts", "minWorkers", "timeouts", "allowUnencryptedTraffic", "verbose",
+    "strategy", "numTrainWorkers", "numShards", "device", "stagingDir", "checkpointDir", "checkpointInterval",
+    "checkpointSeconds", "keepCheckpoints", "maxRestarts", "minWorkers", "timeouts", "allowUnencryptedTraffic", "verbose",
 ]  # fmt: skip
 SIGNATURES = {
     TorchClassifier: [
