@@ -10,9 +10,12 @@ from sparkdl.parallel.strategy import Setting, StepResult, Strategy
 
 if TYPE_CHECKING:
     from sparkdl.parallel.ddp import DataParallel
+    from sparkdl.parallel.fsdp import FullyShardedDataParallel, HybridShardedDataParallel
 
 __all__ = [
     "DataParallel",
+    "FullyShardedDataParallel",
+    "HybridShardedDataParallel",
     "Place",
     "Replicas",
     "Setting",
@@ -25,6 +28,8 @@ __all__ = [
 # The name of each, its class and where that is. Loaded on first use: some parts of torch take a second.
 _NAMED = {
     "ddp": ("DataParallel", "ddp"),
+    "fsdp": ("FullyShardedDataParallel", "fsdp"),
+    "hsdp": ("HybridShardedDataParallel", "fsdp"),
 }
 # Further classes that are loaded on first use.
 _OPTIONS: dict[str, str] = {}
