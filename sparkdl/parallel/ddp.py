@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,8 @@ from sparkdl.errors import ConfigError
 from sparkdl.io.exchange import broadcast_state
 from sparkdl.objective import Objective
 from sparkdl.optimization import BuildOptimization, Optimization
+from sparkdl.parallel.compression import Compression, build_compression
+from sparkdl.parallel.error_feedback import CompressedAllReduce
 from sparkdl.parallel.gradients import Computed, add_up, compute_gradients
 from sparkdl.parallel.replicas import Replicas
 from sparkdl.parallel.strategy import Setting, StepResult
@@ -38,9 +40,20 @@ class DataParallel:
 
     The loss is inside, so that a rank without rows in a step can take part in the all-reduce with a gradient of zero
     and without a forward of the module.
+
+    Attributes:
+        bucket_cap_mb: Gradients of so many MiB are reduced together; None for torch's own choice, 25.
+        static_graph: True where the same parameters have a part in the loss in every step; DDP then takes modules whose
+            checkpointed layers it refuses otherwise.
+        compression: What of the gradients is sent: "fp16", "bf16", "int8", "topk", "powersgd" or an object of
+            `sparkdl.parallel.compression`; None sends them whole.
     """
 
     name: ClassVar[str] = "ddp"
+
+    bucket_cap_mb: float | None = None
+    static_graph: bool = False
+    compression: str | Compression | None = None
 
     def replicas(self, world_size: int) -> Replicas:
         """See `Strategy.replicas`."""
@@ -48,11 +61,24 @@ class DataParallel:
 
     def check(self, module: nn.Module, config: TrainConfig) -> None:
         """See `Strategy.check`."""
+        if self.bucket_cap_mb is not None and not self.bucket_cap_mb > 0:
+            raise ConfigError(f"bucket_cap_mb={self.bucket_cap_mb} is too small. Use more than 0, or None.")
+        if self.compression is not None:
+            _check_compression(build_compression(self.compression), self.compression, module, config)
 
     def prepare(
         self, module: nn.Module, objective: Objective, build: BuildOptimization, config: TrainConfig, setting: Setting
     ) -> None:
-        """Broadcast rank 0's weights and build the optimization."""
+        """Broadcast rank 0's weights and build the optimization.
+
+        Raises:
+            ConfigError: A graph that is said to be static leaves parameters out.
+        """
+        if self.static_graph and setting.find_unused_parameters:
+            raise ConfigError(
+                "static_graph=True, but some parameters have no part in the output, and a rank without rows cannot "
+                "know which. Use static_graph=False, or freeze these parameters (frozenParameters)."
+            )
         device = next(module.parameters()).device
         self._module = module
         self._config = config
@@ -70,9 +96,17 @@ class DataParallel:
                 step,
                 device_ids=[device] if device.type == "cuda" else None,
                 init_sync=False,
+                bucket_cap_mb=self.bucket_cap_mb,
                 find_unused_parameters=setting.find_unused_parameters,
                 gradient_as_bucket_view=True,
+                static_graph=self.static_graph,
             )
+        self._compressed: CompressedAllReduce | None = None
+        if self.compression is not None:
+            named = {name: value for name, value in step.named_parameters() if value.requires_grad}
+            self._compressed = CompressedAllReduce(build_compression(self.compression), named)
+            if self._reducing is not None:
+                self._reducing.register_comm_hook(None, self._compressed.hook)
         self._optimization = build(module)
         self._careful_steps = 0 if config.sync_batch_norm else _CAREFUL_STEPS
         if self._reducing is not None:
@@ -94,7 +128,7 @@ class DataParallel:
         """
         buffers = [value.clone() for value in self._module.buffers()]
         devices = [value.device for value in example.inputs if value.device.type == "cuda"][:1]
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), _uncompressed(self._compressed):
             with self._optimization.autocast():
                 loss, _ = self._step(example)
             loss.backward()
@@ -122,6 +156,8 @@ class DataParallel:
         computed = self._carefully(batch, scale) if self._careful_steps else self._backward(batch, scale)
         if self._reducing is not None:
             self._begun = time.perf_counter()
+        elif self._compressed is not None:
+            self._compressed.add_what_is_kept()
         taken = self._optimization.step()
         self._busy += time.perf_counter() - self._begun
         return StepResult(*add_up(computed), taken)
@@ -197,10 +233,26 @@ class DataParallel:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Strategy.state_dict`."""
-        return {"module": state_of(self._module), "optimization": self._optimization.state_dict()}
+        return {
+            "module": state_of(self._module),
+            "optimization": self._optimization.state_dict(),
+            "compressed": None if self._compressed is None else self._compressed.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Strategy.load_state_dict`."""
+        """See `Strategy.load_state_dict`.
+
+        Raises:
+            ConfigError: The run that is gone on with keeps parts of gradients for another compression.
+        """
+        compressed = state.get("compressed")
+        if self._compressed is not None and compressed is not None:
+            self._compressed.load_state_dict(compressed)
+        elif compressed is not None and any(compressed["kept"]):
+            raise ConfigError(
+                f"compression=None cannot go on from this checkpoint: compression={compressed['compression']!r} wrote "
+                "it and keeps parts of gradients that are still to be sent. Use the same compression."
+            )
         load_state(self._module, state["module"])
         self._optimization.load_state_dict(state["optimization"])
 
@@ -210,6 +262,8 @@ class DataParallel:
         DDP's reducer frees the group with the GIL held, which joins gloo's threads, which may be waiting for the GIL:
         as the last owner it would hang the rank for ever.
         """
+        if self._compressed is not None:
+            self._compressed.close()
         if self._reducing is not None:
             del self._reducing.reducer, self._reducing.logger
         del self._step, self._reducing
@@ -223,6 +277,43 @@ class DataParallel:
     def optimization(self) -> Optimization:
         """See `Strategy.optimization`."""
         return self._optimization
+
+
+def _check_compression(compression: Compression, asked: Any, module: nn.Module, config: TrainConfig) -> None:
+    if compression.keeps and config.precision == "16":
+        raise ConfigError(
+            f"compression={asked!r} keeps parts of gradients for the next step, but with precision='16' their scale "
+            "changes between steps. Use precision='bf16', or compression='fp16'."
+        )
+    if compression.keeps and config.non_finite == "skip":
+        raise ConfigError(
+            f"compression={asked!r} keeps parts of gradients for the next step, also of one that is left out by "
+            "nonFinite='skip'. Use nonFinite='stop', or compression='fp16'."
+        )
+    sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", False) is True]
+    if sparse:
+        raise ConfigError(
+            f"compression={asked!r} takes dense gradients, but those of {sparse[0]!r} are sparse. Use sparse=False "
+            "there, or compression=None."
+        )
+    odd = [(name, value.dtype) for name, value in module.named_parameters() if not value.is_floating_point()]
+    if odd:
+        raise ConfigError(
+            f"compression={asked!r} takes real numbers, but the parameter {odd[0][0]!r} is {odd[0][1]}. Use "
+            "compression=None."
+        )
+
+
+@contextlib.contextmanager
+def _uncompressed(compressed: CompressedAllReduce | None) -> Iterator[None]:
+    if compressed is None:
+        yield
+        return
+    compressed.active = False
+    try:
+        yield
+    finally:
+        compressed.active = True
 
 
 class _RowsToLoss(nn.Module):
