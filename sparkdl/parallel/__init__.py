@@ -9,19 +9,32 @@ from sparkdl.parallel.replicas import Place, Replicas
 from sparkdl.parallel.strategy import Setting, StepResult, Strategy
 
 if TYPE_CHECKING:
+    from sparkdl.parallel.compression import Compression, Half, Int8, PowerSGD, TopK
     from sparkdl.parallel.ddp import DataParallel
     from sparkdl.parallel.fsdp import FullyShardedDataParallel, HybridShardedDataParallel
+    from sparkdl.parallel.local_sgd import LocalSGD
+    from sparkdl.parallel.parameter_server import ParameterServer
+    from sparkdl.parallel.recommendation import Recommendation, recommend
 
 __all__ = [
+    "Compression",
     "DataParallel",
     "FullyShardedDataParallel",
+    "Half",
     "HybridShardedDataParallel",
+    "Int8",
+    "LocalSGD",
+    "ParameterServer",
     "Place",
+    "PowerSGD",
+    "Recommendation",
     "Replicas",
     "Setting",
     "StepResult",
     "Strategy",
+    "TopK",
     "build_strategy",
+    "recommend",
     "strategy_names",
 ]
 
@@ -30,9 +43,19 @@ _NAMED = {
     "ddp": ("DataParallel", "ddp"),
     "fsdp": ("FullyShardedDataParallel", "fsdp"),
     "hsdp": ("HybridShardedDataParallel", "fsdp"),
+    "parameter_server": ("ParameterServer", "parameter_server"),
+    "local_sgd": ("LocalSGD", "local_sgd"),
 }
 # Further classes that are loaded on first use.
-_OPTIONS: dict[str, str] = {}
+_OPTIONS: dict[str, str] = {
+    "Compression": "compression",
+    "Half": "compression",
+    "Int8": "compression",
+    "PowerSGD": "compression",
+    "TopK": "compression",
+    "Recommendation": "recommendation",
+    "recommend": "recommendation",
+}
 
 
 def strategy_names() -> list[str]:
