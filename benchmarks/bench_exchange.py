@@ -15,29 +15,24 @@ A time is that from a barrier to the last rank's end. The script reports, whatev
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
-import re
 import shlex
-import shutil
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from links import Place, describe_machine, open_places, run_ranks
 
 from sparkdl.io.exchange import broadcast, chain_broadcast
 
@@ -58,15 +53,6 @@ class Config:
     mib: tuple[int, ...]
     rate: str
     repeats: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one rank runs: what comes before its command, and its network interface and address."""
-
-    prefix: tuple[str, ...]
-    interface: str
-    address: str
 
 
 # One rank.
@@ -110,111 +96,12 @@ def run_rank(path: str, config: Config) -> None:
         Path(path).write_text(json.dumps(times))
 
 
-# Hosts.
-
-
-@contextlib.contextmanager
-def open_hosts(number: int, rate: str) -> Iterator[list[Place]]:
-    """Makes namespaces linked by a bridge, and removes them.
-
-    Raises:
-        OSError: ``ip`` or ``tc`` is missing, or refused.
-    """
-    names = [f"sparkdl{os.getpid()}-{host}" for host in range(number)]
-    switch = f"sparkdl{os.getpid()}-switch"
-    made: list[str] = []
-    try:
-        for name in [switch, *names]:
-            command("ip", "netns", "add", name)
-            made.append(name)
-            command("ip", "-n", name, "link", "set", "lo", "up")
-        command("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
-        command("ip", "-n", switch, "link", "set", "bridge", "up")
-        shape = ("root", "tbf", "rate", rate, "burst", "512kb", "latency", "50ms")
-        places = []
-        for host, name in enumerate(names):
-            port, address = f"port{host}", f"10.213.0.{host + 1}"
-            peer = ("peer", "name", "eth0", "netns", name)
-            command("ip", "-n", switch, "link", "add", port, "type", "veth", *peer)
-            command("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
-            command("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
-            command("ip", "-n", name, "link", "set", "eth0", "up")
-            command("tc", "-n", name, "qdisc", "add", "dev", "eth0", *shape)  # what the host sends
-            command("tc", "-n", switch, "qdisc", "add", "dev", port, *shape)  # what it receives
-            places.append(Place(("ip", "netns", "exec", name), "eth0", address))
-        yield places
-    finally:
-        for name in made:
-            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=20)
-
-
-def command(*words: str) -> None:
-    """Runs a command of iproute2.
-
-    Raises:
-        OSError: It is missing, or it failed; with what it said.
-    """
-    if shutil.which(words[0]) is None:
-        raise OSError(f"{words[0]} is missing: install iproute2")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode:
-        raise OSError(f"{shlex.join(words)}: {done.stderr.strip()}")
-
-
-@contextlib.contextmanager
-def open_places(number: int, rate: str) -> Iterator[tuple[list[Place], str]]:
-    """The places of so many ranks, and in words what kind of network they have."""
-    with contextlib.ExitStack() as stack:
-        try:
-            places = stack.enter_context(open_hosts(number, rate))
-            network = f"{number} namespaces, {rate} each"
-        except OSError as error:
-            print(f"No namespaces with limited links here ({error}): all ranks run on loopback.")
-            places = [Place((), "lo", "127.0.0.1")] * number
-            network = "loopback, no limit"
-        yield places, network
-
-
 def run_world(places: list[Place], config: Config) -> Times:
-    """Runs one rank per place, and ends those that are left when one fails or time is up.
-
-    Raises:
-        RuntimeError: A rank failed; with what it said last.
-    """
-    port = "29500"
-    if places[0].interface == "lo":  # shared with all that runs here, unlike a namespace
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+    """Runs one rank per place, and returns the times."""
     with tempfile.TemporaryDirectory(prefix="bench_exchange_") as folder:
         path = f"{folder}/times.json"
-        arguments = [sys.executable, __file__, "--rank", path, json.dumps(asdict(config))]
-        ranks: list[tuple[subprocess.Popen[bytes], Path]] = []
-        try:
-            for rank, place in enumerate(places):
-                log = Path(f"{folder}/{rank}.log")
-                environment = {
-                    **os.environ,
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(len(places)),
-                    "MASTER_ADDR": places[0].address,
-                    "MASTER_PORT": port,
-                    "GLOO_SOCKET_IFNAME": place.interface,
-                    "OMP_NUM_THREADS": "1",
-                }
-                with log.open("wb") as output:
-                    process = subprocess.Popen(
-                        [*place.prefix, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT
-                    )
-                ranks.append((process, log))
-            end = time.monotonic() + RUN_SECONDS
-            for process, log in ranks:
-                if process.wait(max(end - time.monotonic(), 1)):
-                    raise RuntimeError(f"A rank failed:\n{log.read_text(errors='replace')[-3000:]}")
-        finally:
-            for process, _ in ranks:
-                process.kill()
-                process.wait()
+        words = [sys.executable, __file__, "--rank", path, json.dumps(asdict(config))]
+        run_ranks(places, words, seconds=RUN_SECONDS)
         times: Times = json.loads(Path(path).read_text())
         return times
 
@@ -235,19 +122,6 @@ def tables(results: dict[str, Times]) -> str:
             lines.append(f"| {mib} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def describe_machine() -> dict[str, str | int | float]:
-    """Returns the processor, the memory, and how busy the machine is."""
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "memory_gib": round(memory / 2**30, 1),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
 
 
 def numbers(text: str) -> tuple[int, ...]:
