@@ -25,6 +25,7 @@ from sparkdl.preparation import freeze_parameters, prepare_module
 from sparkdl.schedule import SchedulerRecipe
 from sparkdl.trainer import Trainer
 from tests.dist.conftest import Torchrun
+from tests.dist.test_loop import Single
 from tests.dist.test_trainer import BATCH, EPOCHS, Case, HandMade, cut, global_batches, mlp, weights_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
@@ -138,7 +139,7 @@ class Dealt(HandMade):
 
 
 # ---- in the ranks ----------------------------------------------------------------------------------------------------
-def prepared(trial: Trial) -> LocalSGD:
+def prepared(trial: Trial, on_computed: Callable[[], None] = lambda: None) -> LocalSGD:
     """The strategy at work; only rank 0 has the right weights to begin with."""
     module, config = trial.case.module(), config_of(trial)
     freeze_parameters(module, config.frozen_parameters)
@@ -152,7 +153,9 @@ def prepared(trial: Trial) -> LocalSGD:
         trial.case.recipe(), SchedulerRecipe("ExponentialLR", {"gamma": 0.97}, "step"), config, steps_per_epoch=4
     )
     example = slices_of(batches_of(trial.case)[0], 0, dist.get_world_size())[dist.get_rank()]
-    strategy.prepare(module, Objective(trial.case.loss), build, config, Setting(example, False))
+    strategy.prepare(
+        module, Objective(trial.case.loss), build, config, Setting(example, False, on_computed=on_computed)
+    )
     return strategy
 
 
@@ -170,7 +173,8 @@ def take_steps(strategy: LocalSGD, trial: Trial, first: int, last: int) -> float
 
 def run(trial: Trial) -> dict[str, Any]:
     """All steps."""
-    strategy = prepared(trial)
+    computed: list[int] = []
+    strategy = prepared(trial, lambda: computed.append(strategy.optimization.steps))
     loss = take_steps(strategy, trial, 0, STEPS)
     own = {name: value.clone() for name, value in strategy.module.state_dict().items()}
     gathered = strategy.gather()
@@ -181,6 +185,7 @@ def run(trial: Trial) -> dict[str, Any]:
         "unchanged": all(torch.equal(own[name], value) for name, value in strategy.module.state_dict().items()),
         "plain": type(gathered) is type(strategy.module) and gathered is not strategy.module,
         "loss": loss,
+        "waited": [step for step in computed if step > trial.strategy.start_step],
         "learning_rate": strategy.optimization.learning_rate,
     }
     strategy.close()
@@ -232,7 +237,7 @@ def four_ranks() -> dict[str, Any]:
     """Every trial in turn, in one group of ranks."""
     found: dict[str, Any] = {name: run(trial) for name, trial in TRIALS.items()}
     found["normed"] = run(Trial(LocalSGD(4), Case(module=normed, optimizer=MOMENTUM)))
-    found["bf16"] = run(Trial(LocalSGD(3), settings=(("precision", "bf16"),)))
+    found["bf16"] = run(Trial(LocalSGD(3), Case(module=Single, optimizer=MOMENTUM), (("precision", "bf16"),)))
     found["resumed"] = {
         name: [
             weights_after(trial, name),
@@ -436,6 +441,16 @@ def test_statistics_are_averaged_and_of_counts_the_largest_is_taken(found: list[
     assert not torch.equal(states[0]["1.running_mean"], normed().state_dict()["1.running_mean"])
 
 
+def test_ranks_say_when_they_begin_to_wait(found: list[dict[str, Any]]) -> None:
+    for name, steps in {
+        "mean": [3, 6, 9, 12],
+        "ring": [2, 4, 6, 8, 10, 12],
+        "post-local": [8, 11],
+        "alone": [],
+    }.items():
+        assert [found[rank][name]["waited"] for rank in range(RANKS)] == [steps] * RANKS, name
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_with_the_same_bits(found: list[dict[str, Any]], name: str) -> None:
     for rank in range(RANKS):
@@ -471,15 +486,17 @@ def test_checkpoints_of_another_outer_step_are_refused(fewer: list[dict[str, Any
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_it_learns_and_counts_every_row_once(found: list[dict[str, Any]], name: str) -> None:
-    case = Case()
     for rank in found:
         history = rank["fits"][name]["history"]
         assert [record["rows"] for record in history] == [40] * EPOCHS
         assert history[-1]["loss"] < 0.9 * history[0]["loss"]
         assert history[-1]["validation_loss"] < history[0]["validation_loss"]
         assert history[-1]["loss"] == found[0]["fits"][name]["history"][-1]["loss"]
-    assert case.optimizer
-    assert found[0]["bf16"]["loss"] > 0
+
+
+def test_mixed_precision_computes_nearly_the_same(found: list[dict[str, Any]]) -> None:
+    exact, mixed = (joined(found[0][name]["gathered"]) for name in ("mean", "bf16"))
+    assert 0 < distance(mixed, exact) < 0.1
 
 
 def test_the_best_weights_are_those_of_the_mean_over_ranks(found: list[dict[str, Any]]) -> None:
