@@ -154,9 +154,10 @@ def find_executors(spark: "SparkSession") -> Executors | None:
 def plan_profile(
     *, executor_cores: int | None, executor_gpus: float = 0, task_cpus: int = 1, task_gpus: float = 0
 ) -> TaskRequest | None:
-    """What a task must ask for so that an executor has room for one only.
+    """What a task must ask for so that an executor has room for one only, or for one per GPU where tasks take several.
 
-    More than half of the executor's cores keep a second task off, whatever the GPUs are. (xgboost and
+    Where a task would get several GPUs, each of them is to have a rank: a task then asks for one, and for its share of
+    the cores. Elsewhere, more than half of the executor's cores keep a second task off, whatever the GPUs are. (xgboost and
     spark-rapids-ml do the same, see SPARK-45527.)
 
     Args:
@@ -172,9 +173,13 @@ def plan_profile(
     TaskRequest(cpus=5, gpus=1)
     >>> plan_profile(executor_cores=8, executor_gpus=1, task_gpus=1) is None
     True
+    >>> plan_profile(executor_cores=8, executor_gpus=4, task_gpus=4)
+    TaskRequest(cpus=2, gpus=1)
     """
     if executor_cores is None:
         return None
+    if task_gpus > 1:
+        return TaskRequest(max(1, executor_cores // max(1, int(executor_gpus))), 1)
     alone = 2 * task_cpus > executor_cores
     if executor_gpus < 1:
         return None if alone else TaskRequest(executor_cores // 2 + 1, 0)
@@ -226,7 +231,7 @@ def profile_for(spark: "SparkSession", device: Device) -> "ResourceProfile | Non
     settings = find_settings(spark)
     if device == "cpu" or not float(settings.get("spark.executor.resource.gpu.amount", 0)):
         return None
-    if float(settings.get("spark.task.resource.gpu.amount", 0)) >= 1:
+    if float(settings.get("spark.task.resource.gpu.amount", 0)) == 1:
         return None
     return build_profile(spark)
 

@@ -25,13 +25,13 @@ import pyarrow as pa
 from pyspark.sql import SparkSession, functions as F
 from sparkdl.barrier.findings import Request
 from sparkdl.barrier.preflight import preflight
-from sparkdl.barrier.resources import await_slots, build_profile, find_executors, find_slots
+from sparkdl.barrier.resources import await_slots, build_profile, find_executors, find_slots, profile_for
 
-master, apart, shared = sys.argv[1:]
+master, apart, shared, task_gpus = sys.argv[1:]
 settings = {
     "spark.ui.enabled": "false", "spark.log.level": "OFF", "spark.driver.host": "127.0.0.1",
     "spark.executor.memory": "600m", "spark.executor.cores": "4", "spark.executor.resource.gpu.amount": "2",
-    "spark.task.resource.gpu.amount": "1", "spark.io.encryption.enabled": "true",
+    "spark.task.resource.gpu.amount": task_gpus, "spark.io.encryption.enabled": "true",
 }
 builder = SparkSession.builder.master(master)
 for name, value in settings.items():
@@ -51,6 +51,13 @@ def run(number, profile):
     source = spark.range(number).repartitionById(number, F.col("id").cast("int"))
     told = source.mapInArrow(whereabouts, "told string", barrier=True, profile=profile).collect()
     return [json.loads(row[0]) for row in told]
+
+if task_gpus == "2":
+    await_slots(spark, 2)
+    profile = profile_for(spark, "auto")
+    report = preflight(spark, Request(num_train_workers=4), profile=profile)
+    print(json.dumps({"all": run(4, profile), "gpus": [one.as_dict() for one in report.findings if one.check == "GPUs"]}))
+    sys.exit()
 
 slots = await_slots(spark, 4)
 profile = build_profile(spark)
@@ -126,21 +133,26 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             start(run, *master)
             for name, before in (("a", []), ("b", prefix or [])):
                 start(*before, run, *worker, "--work-dir", str(folder / name), f"spark://{place}")
-            done = subprocess.run(
-                [sys.executable, str(script), f"spark://{place}", str(apart), str(shared)],
-                env={**local, "PYSPARK_PYTHON": sys.executable},
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                timeout=240,
-                check=False,
-            )
+            runs = [
+                subprocess.run(
+                    [sys.executable, str(script), f"spark://{place}", str(apart), str(shared), task_gpus],
+                    env={**local, "PYSPARK_PYTHON": sys.executable},
+                    cwd=folder,
+                    capture_output=True,
+                    text=True,
+                    timeout=120,
+                    check=False,
+                )
+                for task_gpus in ("1", "2")
+            ]
         finally:
             for process in started:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(timeout=30)
-    assert done.returncode == 0, done.stderr[-6000:] + (folder / "log").read_text()[-4000:]
-    return {**json.loads(done.stdout.splitlines()[-1]), "two hosts": prefix is not None, "apart": str(apart)}
+    for done in runs:
+        assert done.returncode == 0, done.stderr[-6000:] + (folder / "log").read_text()[-4000:]
+    one, several = (json.loads(done.stdout.splitlines()[-1]) for done in runs)
+    return {**one, "several": several, "two hosts": prefix is not None, "apart": str(apart)}
 
 
 def test_the_profile_puts_one_trainer_on_each_executor(told: dict[str, Any]) -> None:
@@ -153,6 +165,13 @@ def test_the_profile_puts_one_trainer_on_each_executor(told: dict[str, Any]) -> 
 def test_no_two_tasks_of_an_executor_share_a_gpu(told: dict[str, Any]) -> None:
     assert len({(address, gpu) for address, _, (gpu,) in told["all"]}) == 4
     assert len({address for address, _, _ in told["all"]}) == 2
+
+
+def test_where_tasks_would_get_several_gpus_each_gpu_gets_a_rank(told: dict[str, Any]) -> None:
+    found = told["several"]
+    assert [cpus for _, cpus, _ in found["all"]] == [2, 2, 2, 2]
+    assert len({(address, gpu) for address, _, (gpu,) in found["all"]}) == 4
+    assert [finding["severity"] for finding in found["gpus"]] == ["ok"]
 
 
 def test_executors_of_both_hosts_are_asked(told: dict[str, Any]) -> None:

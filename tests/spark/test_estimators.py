@@ -676,6 +676,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "predictionCol": "prediction",
         "probabilityCol": "probability",
         "rawPredictionCol": "rawPrediction",
+        "strategy": "ddp",
         "numTrainWorkers": 1,
         "device": "auto",
         "keepCheckpoints": 3,
