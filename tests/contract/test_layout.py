@@ -69,6 +69,7 @@ SPARK_FREE = (
     "history",
     "checkpoint",
     "serialization",
+    "barrier.collectives",
     "barrier.world",
     "barrier.device",
     "barrier.directories",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import sparkdl
+import sparkdl.barrier
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
@@ -30,6 +31,7 @@ PUBLIC = {
     "allow_modules",
     "launch",
 }
+OPERATORS = {"Pending", "all_gather", "all_reduce", "broadcast", "reduce_scatter"}
 
 
 def module_names() -> Iterator[str]:
@@ -60,6 +62,14 @@ def test_what_is_visible_is_what_is_listed() -> None:
     assert set(dir(sparkdl)) == {*sparkdl.__all__, "__version__"}
     program = "import sparkdl; print(sorted(name for name in dir(sparkdl) if not name.startswith('_')))"
     assert ast.literal_eval(in_fresh_python(program)) == sorted(PUBLIC)
+
+
+def test_the_barrier_package_offers_the_collective_operators() -> None:
+    assert set(sparkdl.barrier.__all__) == OPERATORS == set(dir(sparkdl.barrier))
+    for name in OPERATORS:
+        assert getattr(sparkdl.barrier, name).__module__ == "sparkdl.barrier.collectives"
+    with pytest.raises(AttributeError, match=r"module 'sparkdl.barrier' has no attribute 'allreduce'"):
+        _ = sparkdl.barrier.allreduce
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
