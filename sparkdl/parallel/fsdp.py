@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils._pytree import tree_leaves
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sparkdl.batch import Batch
 from sparkdl.config import TrainConfig
@@ -34,9 +35,11 @@ from sparkdl.parallel.sharded import (
     filler_rows,
     load_whole_optimization,
     load_whole_state,
+    open_mesh,
     whole_copy,
     whole_optimization,
     whole_state,
+    without_trace,
 )
 from sparkdl.parallel.strategy import Setting, StepResult
 
@@ -70,7 +73,7 @@ class FullyShardedDataParallel:
     min_parameters: int = MIN_PARAMETERS
 
     def replicas(self, world_size: int) -> Replicas:
-        """See `Strategy.replicas`."""
+        """See `Strategy.replicas`; every rank is one, as far as rows are concerned."""
         return Replicas.of_size(world_size)
 
     def check(self, module: nn.Module, config: TrainConfig) -> None:
@@ -119,7 +122,7 @@ class FullyShardedDataParallel:
         return units
 
     def _mesh(self, device: torch.device, hosts: Sequence[str]) -> DeviceMesh:
-        return DeviceMesh(device.type, torch.arange(dist.get_world_size()), mesh_dim_names=("shard",))
+        return open_mesh(device, torch.arange(len(hosts)), ["shard"])
 
     # ---- on the ranks ------------------------------------------------------------------------------------------------
     def prepare(
@@ -140,9 +143,10 @@ class FullyShardedDataParallel:
         self._empty = empty_copy(module)
         self._mesh_of_ranks = self._mesh(device, hosts)
         for name in self._units(module):
-            fully_shard(
-                module.get_submodule(name), mesh=self._mesh_of_ranks, reshard_after_forward=self.reshard_after_forward
-            )
+            part = module.get_submodule(name)
+            part.register_forward_hook(_without_views)
+            fully_shard(part, mesh=self._mesh_of_ranks, reshard_after_forward=self.reshard_after_forward)
+        module.register_forward_hook(_without_views)
         # The last layers' parameters are needed again at once: torch's own default keeps those of the root.
         root = None if self.reshard_after_forward else False
         self._module = cast(FSDPModule, fully_shard(module, mesh=self._mesh_of_ranks, reshard_after_forward=root))
@@ -150,7 +154,8 @@ class FullyShardedDataParallel:
             if isinstance(part, FSDPModule):  # gradients are summed; what they are divided by is the loss's business
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
-        self._module.set_reduce_scatter_unused_params(setting.find_unused_parameters)
+        self._finds_unused = setting.find_unused_parameters
+        self._module.set_reduce_scatter_unused_params(self._finds_unused)
         self._optimization = build(module)
         check_optimizers(self.name, self._optimization.optimizers)
         self._filler = filler_rows(setting.example)
@@ -173,11 +178,14 @@ class FullyShardedDataParallel:
             last = number == len(micro_batches) - 1
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
-            return contextlib.nullcontext()
+            idle = not micro_batches[number].rows and not self._config.sync_batch_norm
+            return without_trace(self.module, batch.device) if idle else contextlib.nullcontext()
 
         scale = 1 / denominator if denominator else 1.0
         computed = compute_gradients(self._optimization, self._compute, micro_batches, scale, around=around)
         self._on_computed()
+        if self._finds_unused:
+            self._drop_unused()
         taken = self._optimization.step()
         self._busy += self._clock() - began
         return StepResult(*add_up(computed), taken)
@@ -191,7 +199,7 @@ class FullyShardedDataParallel:
         return batch.cut(int(pieces))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses of the rows; of none, a forward that the others wait for, and that leaves no trace."""
+        """The losses of the rows; of none, a forward that the others wait for."""
         module = self.module
         if batch.rows:
             return self._objective.compute(module, batch)
@@ -199,14 +207,17 @@ class FullyShardedDataParallel:
             outputs = self._objective.predict(module, batch.inputs)
             leaves = [value.sum() * 0 for value in tree_leaves(outputs) if isinstance(value, Tensor)]
             return torch.stack(leaves).sum(), {}
-        buffers = [value.clone() for value in module.buffers()]
-        devices = [batch.device] if batch.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            loss, logged = self._objective.compute(module, self._filler)
-        with torch.no_grad():
-            for value, before in zip(module.buffers(), buffers, strict=True):
-                value.copy_(before)
+        loss, logged = self._objective.compute(module, self._filler)
         return torch.nan_to_num(loss * 0), {name: torch.zeros_like(value) for name, value in logged.items()}
+
+    def _drop_unused(self) -> None:
+        """Take away the gradients that are zero on all ranks, as those of parameters without a part in any loss are."""
+        trained = [value for value in self.module.parameters() if value.grad is not None]
+        used = torch.stack([cast(DTensor, value.grad).to_local().count_nonzero() for value in trained])
+        dist.all_reduce(used)
+        for value, count in zip(trained, used.tolist(), strict=True):
+            if not count:
+                value.grad = None
 
     @property
     def busy_seconds(self) -> float:
@@ -256,17 +267,16 @@ class HybridShardedDataParallel(FullyShardedDataParallel):
 
     shard_size: int | None = None
 
-    def check(self, module: nn.Module, config: TrainConfig) -> None:
-        """See `Strategy.check`."""
+    def replicas(self, world_size: int) -> Replicas:
+        """See `Strategy.replicas`."""
         if self.shard_size is not None:
-            ranks = config.num_train_workers
-            groups = max(1, ranks // max(1, self.shard_size))
-            check_degrees(self.name, ranks, {"shard_size": self.shard_size, "groups": groups})
-        super().check(module, config)
+            groups = max(1, world_size // max(1, self.shard_size))
+            check_degrees(self.name, world_size, {"shard_size": self.shard_size, "groups": groups})
+        return super().replicas(world_size)
 
     def _mesh(self, device: torch.device, hosts: Sequence[str]) -> DeviceMesh:
         groups = host_groups(hosts) if self.shard_size is None else torch.arange(len(hosts)).view(-1, self.shard_size)
-        return DeviceMesh(device.type, groups, mesh_dim_names=("replicate", "shard"))
+        return open_mesh(device, groups, ["replicate", "shard"])
 
 
 def host_groups(hosts: Sequence[str]) -> Tensor:
@@ -276,6 +286,15 @@ def host_groups(hosts: Sequence[str]) -> Tensor:
         ranks.setdefault(host, []).append(rank)
     sizes = {len(own) for own in ranks.values()}
     return torch.tensor([list(range(len(hosts)))] if len(sizes) > 1 or sizes == {1} else list(ranks.values()))
+
+
+def _without_views(part: nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook: outputs that are views become tensors of their own.
+
+    What gathers the parameters for the backward hangs at the output, and would be lost if a view were changed in place,
+    as in ``x = layer(x); x += y``.
+    """
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) and value._is_view() else value, output)
 
 
 def _cannot_be_wrapped(name: str, part: nn.Module, module: nn.Module) -> str | None:

@@ -4,8 +4,10 @@ What is saved is whole, so that it can be loaded on another number of ranks, who
 put together one at a time, and kept on the CPU of rank 0 alone.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,21 +25,26 @@ from sparkdl.optimization import Optimization
 from sparkdl.serialization import state_of
 
 __all__ = [
+    "axis",
     "check_optimizers",
     "check_sharded",
     "close_mesh",
     "empty_copy",
+    "filled_copy",
     "filler_rows",
     "load_whole_optimization",
     "load_whole_state",
+    "open_mesh",
     "whole_copy",
     "whole_optimization",
     "whole_state",
+    "without_trace",
 ]
 
+_meshes = itertools.count()
 _FILLER_ROWS = 2  # BatchNorm takes no single row
-# Their state is of another shape than the parameter, or says something of the whole of it.
-_UNFIT: tuple[type[Optimizer], ...] = (torch.optim.Adafactor, torch.optim.LBFGS)
+# The state of the first is of the whole parameter; the second writes in ways that DTensors do not know.
+_UNFIT = (torch.optim.Adafactor, torch.optim.Rprop)
 
 
 def check_sharded(strategy: str, config: TrainConfig) -> None:
@@ -77,14 +84,28 @@ def whole_copy(empty: nn.Module, module: nn.Module) -> nn.Module:
         module: The module, whose parameters may be sharded by now.
     """
     with torch.no_grad():
-        values = dict(_tensors(module))
-        wholes = {id(value): _whole(value) for value in values.values()}
-        memo: dict[int, Any] = {}
-        for name, value in _tensors(empty):
-            whole = wholes[id(values[name])]
-            is_parameter = isinstance(value, nn.Parameter)
-            memo[id(value)] = nn.Parameter(whole, requires_grad=value.requires_grad) if is_parameter else whole
-        return copy.deepcopy(empty, memo)
+        return filled_copy(empty, module, _whole)
+
+
+def filled_copy(empty: nn.Module, module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of an empty module with one tensor in the place of each of another module's.
+
+    Args:
+        empty: From `empty_copy`; its tensors tell the names and what is tied.
+        module: What it is a copy of.
+        make: Called once with every parameter and buffer of ``module``.
+    """
+    values = dict(_tensors(module))
+    made: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
+    for name, value in _tensors(empty):
+        found = values[name]
+        if id(found) not in made:
+            one = make(found)
+            wanted = isinstance(found, nn.Parameter) and not isinstance(one, nn.Parameter)
+            made[id(found)] = nn.Parameter(one, requires_grad=found.requires_grad) if wanted else one
+        memo[id(value)] = made[id(found)]
+    return copy.deepcopy(empty, memo)
 
 
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -141,7 +162,7 @@ def _part(whole: Tensor, like: DTensor) -> DTensor:
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 def check_optimizers(strategy: str, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers whose state cannot be sharded as their parameters are.
+    """Refuse optimizers that do not work on sharded parameters.
 
     Raises:
         ConfigError: Naming it.
@@ -149,8 +170,8 @@ def check_optimizers(strategy: str, optimizers: Sequence[Optimizer]) -> None:
     for optimizer in optimizers:
         if isinstance(optimizer, _UNFIT):
             raise ConfigError(
-                f"strategy={strategy!r} keeps the optimizer's state where the part of the parameter is, but that of "
-                f"{type(optimizer).__name__} is of the whole parameter. Use another optimizer, such as 'adamw'."
+                f"strategy={strategy!r} updates each part of a parameter where it is, but {type(optimizer).__name__} "
+                "needs the whole. Use another optimizer, such as 'adamw'."
             )
 
 
@@ -206,6 +227,39 @@ def filler_rows(example: Batch) -> Batch:
         tuple(rows[inputs : inputs + labels]),
         None if example.weight is None else rows[-1],
     )
+
+
+@contextlib.contextmanager
+def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Buffers and random numbers are after the block what they were before: the backward needs them as well."""
+    buffers = [value.clone() for value in module.buffers()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for value, before in zip(module.buffers(), buffers, strict=True):
+            value.copy_(before)
+
+
+def open_mesh(device: torch.device, ranks: Tensor, names: Sequence[str]) -> DeviceMesh:
+    """A mesh that is equal to none before it; a collective.
+
+    DTensors remember, for the rest of the process, what an operation on a mesh results in, the mesh included, and to
+    them meshes of the same ranks and names are equal. That of an earlier fit would come back, whose groups are gone.
+
+    Args:
+        device: Of the tensors.
+        ranks: The ranks, one dimension for every name.
+        names: What its dimensions are called, once a number is added; `axis` finds them again.
+    """
+    number = next(_meshes)
+    return DeviceMesh(device.type, ranks, mesh_dim_names=tuple(f"{name}_{number}" for name in names))
+
+
+def axis(mesh: DeviceMesh, dimension: int) -> DeviceMesh:
+    """The ranks that this one shares all other dimensions of a mesh with."""
+    assert mesh.mesh_dim_names is not None
+    found: DeviceMesh = mesh[mesh.mesh_dim_names[dimension]]
+    return found
 
 
 def close_mesh(mesh: DeviceMesh) -> None:
