@@ -1,6 +1,7 @@
 """The pages execute: what README and guide show is what happens."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
     scope = {"__name__": "__main__"}
     for block in blocks:
         exec(compile(block, name, "exec"), scope)
+
+
+@pytest.mark.spark
+def test_linear_regression_shows_that_many_ranks_are_one(
+    spark: SparkSession, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runpy.run_path(str(ROOT / "examples" / "linear_regression.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert re.findall(r"rank (\d): (\d+) rows", printed) == [("0", "501"), ("1", "500")]
+    of_gradients, of_weights = map(float, re.findall(r"difference: (\S+)", printed))
+    assert of_gradients < 1e-10
+    assert of_weights < 1e-13
+    by_steps, at_once = re.findall(r"(?:on 2 ranks|one process): +(tensor.*)", printed)
+    assert by_steps == at_once
 
 
 def test_the_readme_example_is_fifteen_lines() -> None:
