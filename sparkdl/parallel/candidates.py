@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from sparkdl.parallel import Strategy, build_strategy
 from sparkdl.parallel.facts import ClusterFacts, ModuleFacts
 
 __all__ = ["COMPRESSORS", "Candidate", "Compressor", "candidates_for"]
@@ -13,7 +15,7 @@ class Compressor:
     """What a way to compress gradients sends, and costs.
 
     Attributes:
-        passes: What compressing and the way back take, in times that the gradients are copied in memory.
+        passes: What compressing and the way back take, in times that the gradients are copied to new memory.
         gathers: True where every rank sends its own to all others, as what is sent cannot be added up.
         sent: Bytes that stand for the gradients of a module, or of that part of it.
     """
@@ -32,12 +34,12 @@ def _low_rank(rank: int) -> Callable[[ModuleFacts], float]:
 
 
 COMPRESSORS: dict[str, Compressor] = {
-    "fp16": Compressor(4, False, lambda module: module.trainable_parameter_bytes / 2),
-    "int8": Compressor(8, False, lambda module: module.trainable_parameter_bytes / 4),
-    "top-k 1 %": Compressor(12, True, lambda module: module.trainable_parameter_bytes * 0.01 * 2),
-    "PowerSGD rank 2": Compressor(8, False, _low_rank(2)),
+    "fp16": Compressor(4.5, False, lambda module: module.trainable_parameter_bytes / 2),
+    "int8": Compressor(8.5, False, lambda module: module.trainable_parameter_bytes / 4),
+    "topk": Compressor(12, True, lambda module: module.trainable_parameter_bytes * 0.01 * 2),
+    "powersgd": Compressor(2.5, False, _low_rank(2)),
 }
-"""By name. Top-k sends values and places; int8's scale of a few bytes is not counted."""
+"""By name, with their defaults: top-k sends 1 % of the values with their places, PowerSGD matrices of rank 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,7 @@ class Candidate:
         compression: A key of `COMPRESSORS`, of "ddp".
         shard_size: Ranks that hold one copy of the module, of "hsdp".
         sync_every: Steps between two exchanges, of "local_sgd".
-        averaging: Of "local_sgd": "mean", "nesterov" (DiLoCo) or "ring" (neighbours only).
+        outer: Of "local_sgd": "mean", "nesterov" (DiLoCo) or "ring" (neighbours only).
         num_servers: Of "parameter_server".
         max_staleness: Of "parameter_server": 0 is synchronous, None has no bound.
         stages: Ranks of one pipeline.
@@ -61,12 +63,32 @@ class Candidate:
     compression: str | None = None
     shard_size: int = 1
     sync_every: int = 1
-    averaging: str = "mean"
+    outer: str = "mean"
     num_servers: int = 1
     max_staleness: int | None = 0
     stages: int = 1
     micro_batches: int = 1
     tensor_size: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the constructor of its class is called with."""
+        names = {
+            "ddp": {} if self.compression is None else {"compression": self.compression},
+            "hsdp": {"shard_size": self.shard_size},
+            "local_sgd": {"sync_every": self.sync_every, "outer": self.outer},
+            "parameter_server": {"num_servers": self.num_servers, "max_staleness": self.max_staleness},
+            "pipeline": {"stages": self.stages, "num_microbatches": self.micro_batches},
+        }
+        return names.get(self.strategy, {})
+
+    def build(self) -> Strategy:
+        """The strategy itself.
+
+        Raises:
+            ConfigError: There is none of its name.
+        """
+        return type(build_strategy(self.strategy))(**self.options)
 
     @property
     def exact(self) -> bool:
@@ -79,7 +101,7 @@ class Candidate:
         told = {
             "ddp": self.compression or "",
             "hsdp": f"{self.shard_size} ranks",
-            "local_sgd": f"{self.averaging}, every {self.sync_every}",
+            "local_sgd": f"{self.outer}, every {self.sync_every}",
             "parameter_server": f"{self.num_servers} servers, " + _staleness(self.max_staleness),
             "pipeline": f"{self.stages} stages, {self.micro_batches} micro-batches",
             "tensor_parallel": f"{self.tensor_size} ranks",
@@ -108,6 +130,6 @@ def candidates_for(module: ModuleFacts, cluster: ClusterFacts) -> list[Candidate
     servers = max(1, ranks // 8)
     found.append(Candidate(strategy="parameter_server", num_servers=servers))
     found += [Candidate(compression=name) for name in COMPRESSORS]
-    found += [Candidate(strategy="local_sgd", sync_every=8, averaging=way) for way in ("mean", "nesterov", "ring")]
+    found += [Candidate(strategy="local_sgd", sync_every=8, outer=way) for way in ("mean", "nesterov", "ring")]
     found.append(Candidate(strategy="parameter_server", num_servers=servers, max_staleness=4))
     return found

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sparkdl.parallel.alpha_beta import ring_all_gather, ring_all_reduce, ring_reduce_scatter
-from sparkdl.parallel.candidates import COMPRESSORS, Candidate, candidates_for
+from sparkdl.parallel.candidates import COMPRESSORS, Candidate, Compressor, candidates_for
 from sparkdl.parallel.facts import ClusterFacts, ModuleFacts
 
 __all__ = ["Estimate", "estimate", "overlapped_all_reduce", "rank_strategies", "table"]
@@ -17,6 +17,8 @@ __all__ = ["Estimate", "estimate", "overlapped_all_reduce", "rank_strategies", "
 MIB = 1 << 20
 _FIRST_BUCKET, _BUCKET = 1 * MIB, 25 * MIB  # DDP's own
 _SIMPLER = 1.05  # a simpler strategy is preferred where it takes at most so many times the seconds of the fastest
+# What fully_shard adds to a layer: bytes that it copies in and out of its buffers, and time of the host.
+_SHARDED_PASSES, _SHARDED_LAYER_SECONDS = 6, 0.5e-3
 _LOSSY = "another result than ddp"
 
 
@@ -85,7 +87,7 @@ class _Cost:
 # ---- each strategy ---------------------------------------------------------------------------------------------------
 def overlapped_all_reduce(
     gradient_bytes: Sequence[float], backward_seconds: float, all_reduce_seconds: Callable[[float], float]
-) -> float:
+) -> tuple[float, float]:
     """Seconds from the begin of the backward pass to the end of the last all-reduce, as DDP does it.
 
     Gradients come in the reverse order of the layers, and go into buckets; a bucket goes on its way when it is full and
@@ -96,16 +98,22 @@ def overlapped_all_reduce(
         gradient_bytes: Of each layer, in the order of the forward pass.
         backward_seconds: Of the backward pass alone.
         all_reduce_seconds: Of an all-reduce of so many bytes.
+
+    Returns:
+        These seconds, and those of all all-reduces.
     """
-    total, done, filled, limit, end = sum(gradient_bytes) or 1.0, 0.0, 0.0, _FIRST_BUCKET, 0.0
+    total, limit = sum(gradient_bytes) or 1.0, _FIRST_BUCKET
+    done = filled = end = sent = 0.0
     for size in reversed(gradient_bytes):
         done += size
         filled += size
         if filled >= limit or done >= total:
             ready = backward_seconds * min(done / total, 1.0)
-            end = max(end, ready) + (all_reduce_seconds(filled) if filled else 0.0)
+            seconds = all_reduce_seconds(filled) if filled else 0.0
+            sent += seconds
+            end = max(end, ready) + seconds
             filled, limit = 0.0, _BUCKET
-    return max(end, backward_seconds)
+    return max(end, backward_seconds), sent
 
 
 def _ddp(case: _Case) -> _Cost:
@@ -117,27 +125,31 @@ def _ddp(case: _Case) -> _Cost:
     # Only the last micro-batch's backward pass reduces.
     micro_rows = min(rows, case.micro_batch_size or rows)
     backward = module.compute_seconds(micro_rows) * pace * module.backward_share
-    compressing = 0.0
-    if name is None:
-        after = overlapped_all_reduce(module.gradient_bytes, backward, cluster.all_reduce_seconds)
-    else:
-        compressor = COMPRESSORS[name]
-        whole = module.trainable_parameter_bytes or 1
-        part = compressor.sent(module) / whole
-        compressing = compressor.passes * whole / cluster.copied_bytes_per_second * pace
-
-        def exchange(size: float) -> float:
-            if compressor.gathers:
-                return ring_all_gather(size * part * ranks, ranks, cluster.neighbours)
-            return cluster.all_reduce_seconds(size * part)
-
-        # Compressing takes the processor from the backward pass.
-        after = overlapped_all_reduce(module.gradient_bytes, backward + compressing, exchange)
-    compute = busy + compressing + module.optimizer_seconds * pace
+    # A thread of its own compresses and sends.
+    exchange = cluster.all_reduce_seconds if name is None else _compressed(COMPRESSORS[name], module, cluster)
+    after, sent = overlapped_all_reduce(module.gradient_bytes, backward, exchange)
+    after = cluster.beside(backward, sent, after)
+    compute = busy + module.optimizer_seconds * pace
     # PowerSGD, top-k and int8 keep what they did not send.
     kept = module.trainable_parameter_bytes if name not in (None, "fp16") else 0
     memory = case.weights_and_all + module.buffer_bytes + case.activations(rows) + kept
     return _Cost(busy - backward + after + module.optimizer_seconds * pace, compute, memory)
+
+
+def _compressed(compressor: Compressor, module: ModuleFacts, cluster: ClusterFacts) -> Callable[[float], float]:
+    """Seconds until a part of the gradients, of so many bytes, is compressed and exchanged."""
+    ranks = cluster.world_size
+    part = compressor.sent(module) / (module.trainable_parameter_bytes or 1)
+
+    def exchange(size: float) -> float:
+        if ranks == 1:
+            return 0.0
+        packing = compressor.passes * size / cluster.copied_bytes_per_second
+        if compressor.gathers:
+            return packing + ring_all_gather(size * part * ranks, ranks, cluster.neighbours)
+        return packing + cluster.all_reduce_seconds(size * part)
+
+    return exchange
 
 
 def _sharded(case: _Case) -> _Cost:
@@ -159,10 +171,17 @@ def _sharded(case: _Case) -> _Cost:
     scatters = [reduce_scatter(size, shard, link) for size in module.gradient_bytes]
     across = ring_all_reduce(module.trainable_parameter_bytes / shard, copies, cluster.link_across(shard))
     busy = case.compute(rows, pace)
-    forward = max(busy * (1 - module.backward_share), sum(gathers) * pieces - gathers[0]) + gathers[0]
-    sent = sum(gathers) * pieces + sum(scatters) + across
+    if cluster.backend == "gloo":  # a GPU's host is ahead of it
+        copied = _SHARDED_PASSES * module.parameter_bytes / cluster.copied_bytes_per_second
+        busy += pieces * (copied + module.num_layers * _SHARDED_LAYER_SECONDS)
+    computing = busy * (1 - module.backward_share), busy * module.backward_share
+    in_forward = sum(gathers) * pieces
+    forward = max(computing[0], in_forward - gathers[0]) + gathers[0]
+    in_backward = in_forward + sum(scatters) + across
     last = scatters[0] + across / module.num_layers
-    backward = max(busy * module.backward_share, sent - last) + last
+    backward = max(computing[1], in_backward - last) + last
+    forward = cluster.beside(computing[0], in_forward, forward)
+    backward = cluster.beside(computing[1], in_backward, backward)
     optimizer = module.optimizer_seconds * pace / shard
     # A layer, the one that is gathered meanwhile, and the gradients of one.
     whole_layers = min(3 * module.largest_layer_bytes, module.parameter_bytes + module.trainable_parameter_bytes)
@@ -179,12 +198,12 @@ def _local_sgd(case: _Case) -> _Cost:
     pace = cluster.pace_together(ranks, every)
     compute = case.compute(rows, pace) + module.optimizer_seconds * pace
     state = module.trainable_parameter_bytes + module.buffer_bytes
-    if case.candidate.averaging == "ring":
+    if case.candidate.outer == "ring":
         exchange = cluster.neighbours.seconds(state) if ranks > 1 else 0.0  # both neighbours, and both directions
         exchange *= min(ranks - 1, 2)
     else:
         exchange = cluster.all_reduce_seconds(state)
-    outer = 2 * module.trainable_parameter_bytes if case.candidate.averaging == "nesterov" else 0
+    outer = 2 * module.trainable_parameter_bytes if case.candidate.outer == "nesterov" else 0
     memory = case.weights_and_all + module.buffer_bytes + case.activations(rows) + outer
     return _Cost(compute + exchange / every, compute, memory)
 
@@ -206,10 +225,10 @@ def _parameter_server(case: _Case) -> _Cost:
         compute = case.compute(rows, pace)
         seconds = compute + 2 * max(own, everyone) + updating
     else:
-        # The push of one worker and the pull of another share a server's link, one in each direction.
+        # A server serves one worker at a time, while others compute.
         pace = cluster.pace_alone
         compute = case.compute(rows, pace)
-        seconds = max(compute + 2 * own + updating, everyone + workers * updating)
+        seconds = max(compute + 2 * own + updating, 2 * everyone + workers * updating)
     worker = module.parameter_bytes + size + module.buffer_bytes + case.activations(rows)
     server = module.parameter_bytes + (2 * size + module.optimizer_state_bytes) / servers
     return _Cost(seconds, compute, max(worker, server))

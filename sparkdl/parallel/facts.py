@@ -91,7 +91,9 @@ class ClusterFacts:
         memory_bytes: What a rank may use; None: no limit is known.
         slowdowns: Of each rank, its seconds by the mean of all ranks; none: all are alike.
         jitter: Standard deviation of a rank's step, by its mean.
-        copied_bytes_per_second: How fast a rank copies tensors in its memory.
+        copied_bytes_per_second: How fast a rank copies tensors to new memory.
+        overlap: The part of an exchange that costs nothing while a rank computes: 1 where the link alone is busy with
+            it, less where it takes the processor from the computing.
         backend: NCCL takes the fastest of ring, tree and hierarchy. gloo always takes the ring, and reduces whole
             tensors where it is asked to reduce and scatter.
     """
@@ -103,7 +105,8 @@ class ClusterFacts:
     memory_bytes: int | None = None
     slowdowns: tuple[float, ...] = ()
     jitter: float = 0.0
-    copied_bytes_per_second: float = 4e9
+    copied_bytes_per_second: float = 2e9
+    overlap: float = 1.0
     backend: Literal["gloo", "nccl"] = "gloo"
 
     @property
@@ -155,6 +158,10 @@ class ClusterFacts:
         """
         late = math.sqrt(2 * math.log(ranks) / steps) if ranks > 1 else 0.0
         return max(self.slowdowns, default=1.0) * (1 + self.jitter * late)
+
+    def beside(self, computing: float, exchanging: float, together: float) -> float:
+        """Seconds of computing and exchanging, which would be over after ``together`` if neither slowed the other."""
+        return together + (1 - self.overlap) * (computing + exchanging - together)
 
     @property
     def pace_alone(self) -> float:

@@ -8,7 +8,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 _SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)  # bytes: 1 KiB to 16 MiB
 _REPEATS = 9
+_LONG = 0.3  # seconds; an all-reduce that takes longer says enough of the bandwidth
+_OVERLAP_SIZES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
+_OVERLAP_REPEATS = 5
+_SIDE = 256
 _MEMORY = 0.9  # of what is free
 _ROWS = 32
 
@@ -104,6 +108,7 @@ def measure(
     }
     everyone = [json.loads(text) for text in gather_texts(json.dumps(own), dist.group.WORLD)]
     inside, between = _measure_links(hosts, device, 0.3 * budget_seconds)
+    overlap = _measure_overlap(device) if ranks > 1 else 1.0
     cluster = ClusterFacts(
         world_size=ranks,
         between=between,
@@ -111,6 +116,7 @@ def measure(
         ranks_per_host=max(hosts.count(host) for host in set(hosts)),
         memory_bytes=min(rank["memory"] for rank in everyone),
         copied_bytes_per_second=1 / statistics.fmean(rank["copy"] for rank in everyone),
+        overlap=overlap,
         backend="nccl" if dist.get_backend() == "nccl" else "gloo",
     )
     timings = [_timing_of(rank["timing"]) for rank in everyone if rank["timing"] is not None]
@@ -209,13 +215,48 @@ def measure_all_reduce(group: dist.ProcessGroup | None, device: torch.device, bu
             # The slowest rank decides, here and on when to stop.
             spent, late = _largest(group, device, time.perf_counter() - begun, time.perf_counter() - end)
             times.append(spent)
-            if late > 0 or (spent > 0.3 and len(times) >= 2):
+            if late > 0 or (spent > _LONG and len(times) >= 2):
                 break
         sizes.append(size)
         seconds.append(statistics.median(times))
-        if late > 0 and len(sizes) > 1:
+        if (late > 0 or seconds[-1] > _LONG) and len(sizes) > 1:
             break
     return fit_link(sizes, seconds)
+
+
+def _measure_overlap(device: torch.device) -> float:
+    """The part of an all-reduce that costs nothing beside matrix products that take as long; equal on all ranks."""
+
+    def timed(act: Callable[[], object]) -> float:
+        times = []
+        for _ in range(_OVERLAP_REPEATS):
+            dist.barrier()
+            begun = time.perf_counter()
+            act()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times += _largest(None, device, time.perf_counter() - begun)
+        return statistics.median(times)
+
+    for size in _OVERLAP_SIZES:
+        tensor = torch.zeros(size // 4, device=device)
+        exchanging = timed(lambda tensor=tensor: dist.all_reduce(tensor))  # type: ignore[misc]
+        if exchanging > 0.1 * _LONG:
+            break
+    matrix = torch.zeros(_SIDE, _SIDE, device=device)
+    products = max(1, round(exchanging / (timed(lambda: [matrix @ matrix for _ in range(10)]) / 10)))
+
+    def compute() -> None:
+        for _ in range(products):
+            torch.mm(matrix, matrix)
+
+    def both() -> None:
+        work = dist.all_reduce(tensor, async_op=True)
+        compute()
+        work.wait()
+
+    computing, together = timed(compute), timed(both)
+    return min(1.0, max(0.0, (computing + exchanging - together) / min(computing, exchanging)))
 
 
 def _largest(group: dist.ProcessGroup | None, device: torch.device, *values: float) -> list[float]:

@@ -124,6 +124,7 @@ def test_a_rank_that_is_slow_is_seen(ranks):
     assert cluster.memory_bytes > 1 << 20
     assert cluster.copied_bytes_per_second > 1e8
     assert 0 <= cluster.jitter < 1
+    assert 0 <= cluster.overlap <= 1
 
 
 def test_links_are_those_between_and_inside_hosts(ranks):
