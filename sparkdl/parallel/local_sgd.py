@@ -102,11 +102,6 @@ class LocalSGD:
                 f"precision='16' {asked}whose ranks would each scale their losses and leave out steps of their own: "
                 "use precision='bf16' or '32'."
             )
-        if config.gradient_clip_value is not None:
-            raise ConfigError(
-                f"gradientClipValue={config.gradient_clip_value:g} {asked}whose ranks have no gradient to cut in a "
-                "step without rows: use gradientClipNorm."
-            )
 
     def _check_options(self) -> None:
         who = f"strategy={self.name!r}: "
@@ -198,9 +193,8 @@ class LocalSGD:
 
     def _step_alone(self, batch: Batch, own: float) -> StepResult:
         if not batch.rows:
-            # Without gradients optimizers change nothing, but schedules go on as on the other ranks.
-            self._optimization.begin_step()
-            return StepResult(torch.zeros((), device=batch.device), {}, self._optimization.step())
+            self._optimization.advance()
+            return StepResult(torch.zeros((), device=batch.device), {}, True)
         # A loss that is a sum has no denominator. Times the number of ranks, whose plain mean is taken, the steps add
         # up to that of the sum over all rows.
         scale = 1 / own if own else float(self._world_size)
