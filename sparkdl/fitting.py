@@ -495,6 +495,7 @@ def _summary(
         rankMicroBatchSize=tuple(result.micro_batch_size for result in results),
         rowsPerSecond=rows / seconds if seconds else math.nan,
         events=events,
+        strategy=first.strategy,
     )
 
 

@@ -77,7 +77,7 @@ class TrainingSummary:
         threads: Torch threads of a rank.
         rows: Training rows.
         droppedRows: Rows, of the training and validation rows, that were left out for their nulls.
-        rankRows: Training rows that each rank read in the last epoch.
+        rankRows: Training rows that each rank counted in the last epoch; of ranks that share a replica, one does.
         rankShards: The shards that each rank read then.
         cache: Where rank 0 kept decoded rows for later epochs.
         staged: True where rows lay where all ranks reach them (staged, or read in place), False where each spooled its
@@ -94,6 +94,7 @@ class TrainingSummary:
         rankMicroBatchSize: Rows of one forward at most, of each rank; fewer than microBatchSize where that did not fit.
         rowsPerSecond: Training rows of all ranks by the seconds of their epochs.
         events: Where the events of the fit were written, one JSON object per line.
+        strategy: How the ranks trained together, with its options; what "auto" chose.
     """
 
     objectiveHistory: tuple[float, ...]
@@ -119,6 +120,7 @@ class TrainingSummary:
     rankMicroBatchSize: tuple[int | None, ...] = ()
     rowsPerSecond: float = math.nan
     events: str | None = None
+    strategy: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,7 @@ def fit_module(
             pin=device.type == "cuda" and rows.batch.inputs[0].device.type == "cpu",
         )
         _check_same(f"rows and settings {data.fingerprint}, validation {validation and validation.digest()}")
-        store, name = _open_store(config, world, resume=resume)
+        store, name, written_by = _open_store(config, world, resume=resume)
 
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed)  # of the weights of lazy modules
@@ -238,7 +238,7 @@ def fit_module(
             objective,
             optimization_builder(recipe, schedule, config, steps_per_epoch=data.plan.num_steps),
             config,
-            Setting(example, find_unused_parameters=trial.unused, hosts=world.hosts),
+            Setting(example, find_unused_parameters=trial.unused, hosts=world.hosts, resumes=written_by),
         )
         if world.world_size == 1:  # nobody waits for it: it lets go of its group whatever happens
             stack.callback(chosen.close)
@@ -362,19 +362,22 @@ def _check_same(facts: str) -> None:
         )
 
 
-def _open_store(config: TrainConfig, world: World, *, resume: bool) -> tuple[CheckpointStore | None, str | None]:
-    """The run's checkpoints, and the name of the one to go on from; the same, or the same error, on every process."""
+def _open_store(
+    config: TrainConfig, world: World, *, resume: bool
+) -> tuple[CheckpointStore | None, str | None, str | None]:
+    """The run's checkpoints, the name of the one to go on from and who wrote it; the same, or the same error, on every process."""
     if config.checkpoint_dir is None:
-        return None, None
+        return None, None, None
     store = CheckpointStore(config.checkpoint_dir, keep=config.keep_checkpoints)
-    found, error = "", ""
+    found, strategy, error = "", "", ""
     if world.rank == 0:
         try:
             newest = store.newest()
-            found = newest.name if newest is not None else ""
+            if newest is not None:
+                found, strategy = newest.name, newest.facts["strategy"]
         except SparkdlError as failed:
             error = str(failed)
-    found, error = json.loads(gather_texts(json.dumps([found, error]), dist.group.WORLD)[0])
+    found, strategy, error = json.loads(gather_texts(json.dumps([found, strategy, error]), dist.group.WORLD)[0])
     if error:
         raise ConfigError(error)
     if found and not resume:
@@ -382,7 +385,7 @@ def _open_store(config: TrainConfig, world: World, *, resume: bool) -> tuple[Che
             f"checkpoint_dir={config.checkpoint_dir!r} holds checkpoints of an earlier run, up to {found}. Go on from "
             "there with resume=True, or use another directory."
         )
-    return store, found or None
+    return store, found or None, strategy or None
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class RankResult:
         memory: Most bytes that the rank used: of the GPU that it trained on, else of its process.
         micro_batch_size: Rows of one forward at most, in the end.
         best_epoch: The epoch with the best value of 'monitor', from 1; 0 where there was none.
+        strategy: What trained it; what was chosen, where it was chosen on the ranks.
         rate_search: What was found where learning rates were searched; None where the rank trained.
     """
 
@@ -113,6 +114,7 @@ class RankResult:
     memory: int
     micro_batch_size: int | None
     best_epoch: int
+    strategy: str
     rate_search: LearningRateSearch | None
 
     def to_chunks(self) -> Iterator[bytes]:
@@ -187,6 +189,7 @@ def run_rank(
             facts = {
                 **own,
                 "checkpoint": newest and newest.name,
+                "strategy": newest and newest.facts["strategy"],
                 "layout": layout_of(sample, spec.columns) if sample is not None else None,
                 "unused": trial.unused,
                 "outputs": trial.outputs,
@@ -242,6 +245,7 @@ def run_rank(
                     find_unused_parameters=found.unused,
                     hosts=rank.world.hosts,
                     on_computed=lambda: clock.at("reduce", clock.place.step),
+                    resumes=entries[0].facts["strategy"],
                 ),
             )
             with open_saver(store, spec.config, data.plan.num_steps) as saver:
@@ -286,6 +290,7 @@ def run_rank(
             memory=_peak_memory(device),
             micro_batch_size=strategy.micro_batch_size,
             best_epoch=trainer.best_epoch,
+            strategy=str(strategy),
             rate_search=searched,
         )
         yield from result.to_chunks()

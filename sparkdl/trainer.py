@@ -472,7 +472,11 @@ class Trainer:
             "sums": sums,
             "best": {"value": self._best.value, "epoch": self._best.epoch, "weights": self._best_weights},
         }
-        facts = {"world_size": dist.get_world_size(), "config": config_values(self._config)}
+        facts = {
+            "world_size": dist.get_world_size(),
+            "strategy": str(self._strategy),
+            "config": config_values(self._config),
+        }
         try:
             self._saver.save(self._done, state, facts)
         finally:

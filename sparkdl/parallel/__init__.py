@@ -9,14 +9,17 @@ from sparkdl.parallel.replicas import Place, Replicas
 from sparkdl.parallel.strategy import Setting, StepResult, Strategy
 
 if TYPE_CHECKING:
+    from sparkdl.parallel.auto import Auto
     from sparkdl.parallel.compression import Compression, Half, Int8, PowerSGD, TopK
     from sparkdl.parallel.ddp import DataParallel
     from sparkdl.parallel.fsdp import FullyShardedDataParallel, HybridShardedDataParallel
     from sparkdl.parallel.local_sgd import LocalSGD
     from sparkdl.parallel.parameter_server import ParameterServer
     from sparkdl.parallel.recommendation import Recommendation, recommend
+    from sparkdl.parallel.tensor import TensorParallel
 
 __all__ = [
+    "Auto",
     "Compression",
     "DataParallel",
     "FullyShardedDataParallel",
@@ -32,6 +35,7 @@ __all__ = [
     "Setting",
     "StepResult",
     "Strategy",
+    "TensorParallel",
     "TopK",
     "build_strategy",
     "recommend",
@@ -43,8 +47,10 @@ _NAMED = {
     "ddp": ("DataParallel", "ddp"),
     "fsdp": ("FullyShardedDataParallel", "fsdp"),
     "hsdp": ("HybridShardedDataParallel", "fsdp"),
+    "tensor_parallel": ("TensorParallel", "tensor"),
     "parameter_server": ("ParameterServer", "parameter_server"),
     "local_sgd": ("LocalSGD", "local_sgd"),
+    "auto": ("Auto", "auto"),
 }
 # Further classes that are loaded on first use.
 _OPTIONS: dict[str, str] = {

@@ -6,7 +6,7 @@ module suits it, then it travels to the ranks, where `Strategy.prepare` sets it 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -41,19 +41,23 @@ class Setting:
         find_unused_parameters: True where some parameters have no part in the output.
         hosts: Host of every rank.
         on_computed: Called in every step when this rank has computed its part, and begins to wait for the others.
+        resumes: `str` of the strategy that wrote the checkpoint that will be loaded; None where none will be.
     """
 
     example: Batch
     find_unused_parameters: bool
     hosts: Sequence[str] = ()
     on_computed: Callable[[], None] = lambda: None
+    resumes: str | None = None
 
 
 class Strategy(Protocol):
     """Holds the module and its `Optimization`, and takes steps with the other ranks."""
 
-    name: ClassVar[str]
-    """What it is called in `strategy=`, and in checkpoints."""
+    @property
+    def name(self) -> str:
+        """What it is called in `strategy=`, and in checkpoints."""
+        ...
 
     # ---- before the ranks are there: on the driver, and again on every rank ------------------------------------------
     def replicas(self, world_size: int) -> Replicas:
