@@ -148,10 +148,8 @@ class Inbox:
             self._arrived.put(error)
 
 
-def send_message(
-    kind: Kind, step: int, package: Package | None, to: int, group: dist.ProcessGroup
-) -> Callable[[], None]:
-    """Send a message to the inbox of a rank.
+def send_message(kind: Kind, step: int, package: Package | None, to: int, group: dist.ProcessGroup) -> list[dist.Work]:
+    """Begin to send a message to the inbox of a rank.
 
     Args:
         kind: What it says.
@@ -161,24 +159,17 @@ def send_message(
         group: That of the inbox.
 
     Returns:
-        Waits until it is gone.
+        What to wait for.
     """
-    header = torch.tensor([kind, step])
-    works = [_sent(header, to, _HEADER, group)]
+    works = [_sent(torch.tensor([kind, step]), to, _HEADER, group)]
     if kind is Kind.CONTENT:
         assert package is not None
         works.append(_sent(package.data, to, _CONTENT, group))
-
-    def wait() -> None:
-        assert header.numel()  # keeps it alive until then
-        for work in works:
-            work.wait()
-
-    return wait
+    return works
 
 
 def send_package(package: Package, to: int, group: dist.ProcessGroup) -> dist.Work:
-    """Send a package to a rank that waits for it."""
+    """Begin to send a package to a rank that waits for it."""
     return _sent(package.data, to, _PACKAGE, group)
 
 

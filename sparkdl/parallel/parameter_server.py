@@ -24,7 +24,7 @@ from sparkdl.io.exchange import broadcast, broadcast_state
 from sparkdl.objective import Objective
 from sparkdl.optimization import BuildOptimization, Optimization
 from sparkdl.parallel.gradients import add_up, compute_gradients
-from sparkdl.parallel.messages import Inbox, Kind, Package, receive_package, send_message, send_package
+from sparkdl.parallel.messages import Inbox, Kind, Message, Package, receive_package, send_message, send_package
 from sparkdl.parallel.rank_states import gather_states
 from sparkdl.parallel.replicas import Replicas
 from sparkdl.parallel.strategy import Setting, StepResult
@@ -142,9 +142,19 @@ class ParameterServer:
         self._group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=config.timeouts.collective)
         self._role: _Worker | _Server
         if rank in self._shards:
-            self._role = _Server(self, rank, config, setting.on_computed)
+            self._role = _Server(
+                self,
+                self._optimization,
+                self._shards[rank],
+                self._num_workers,
+                self._group,
+                config,
+                setting.on_computed,
+            )
         else:
-            self._role = _Worker(self, objective, config, setting.on_computed)
+            self._role = _Worker(
+                module, objective, self._optimization, self._shards, self._group, config, setting.on_computed
+            )
 
     def meets(self, step: int) -> bool:
         """In synchronous steps."""
@@ -241,21 +251,30 @@ class _Worker:
     """Computes gradients, sends them to the servers and waits for parameters."""
 
     def __init__(
-        self, parent: ParameterServer, objective: Objective, config: TrainConfig, on_computed: Callable[[], None]
+        self,
+        module: nn.Module,
+        objective: Objective,
+        optimization: Optimization,
+        shards: Mapping[int, Sequence[nn.Parameter]],
+        group: dist.ProcessGroup,
+        config: TrainConfig,
+        on_computed: Callable[[], None],
     ) -> None:
-        self._module, self._optimization = parent._module, parent._optimization
+        self._module = module
         self._objective = objective
+        self._optimization = optimization
+        self._shards = shards
+        self._group = group
         self._config = config
-        self._group = parent._group
-        self._shards = parent._shards
-        # There and back: a server answers when it has what it was sent.
-        self._packages = {server: Package(shard) for server, shard in parent._shards.items()}
         self._on_computed = on_computed
+        # There and back: a server answers when it has what it was sent.
+        self._packages = {server: Package(shard) for server, shard in shards.items()}
         self.busy = 0.0
 
     def train_step(self, batch: Batch, denominator: float) -> StepResult:
         began = time.perf_counter()
-        loss, logged = torch.zeros((), device=batch.device), {}
+        loss = torch.zeros((), device=batch.device)
+        logged: dict[str, Tensor] = {}
         if batch.rows:
             computed = compute_gradients(
                 self._optimization,
@@ -266,14 +285,9 @@ class _Worker:
             loss, logged = add_up(computed)
             for server, shard in self._shards.items():
                 self._packages[server].put(value.grad for value in shard)
-            self._optimization.begin_step()
         self.busy += time.perf_counter() - began
         self._on_computed()
-        step = self._optimization.steps
-        kind = Kind.CONTENT if batch.rows else Kind.NOTHING
-        sent = [send_message(kind, step, package, server, self._group) for server, package in self._packages.items()]
-        for wait in sent:
-            wait()
+        self._send(Kind.CONTENT if batch.rows else Kind.NOTHING, self._optimization.steps)
         for server, package in self._packages.items():
             receive_package(package, server, self._group, self._config.timeouts.collective)
         began = time.perf_counter()
@@ -285,71 +299,92 @@ class _Worker:
         self.busy += time.perf_counter() - began
         return StepResult(loss, logged, True)
 
+    def _send(self, kind: Kind, step: int) -> None:
+        """A message to every server."""
+        sent = [send_message(kind, step, package, server, self._group) for server, package in self._packages.items()]
+        for works in sent:
+            for work in works:
+                work.wait()
+
     def have_met(self) -> None:
-        """Nothing is under way between two steps."""
+        """Nothing of a worker is under way between two steps."""
 
     def close(self) -> None:
-        for wait in [send_message(Kind.FAREWELL, 0, None, server, self._group) for server in self._shards]:
-            wait()
+        self._send(Kind.FAREWELL, 0)
 
 
 class _Server:
     """Applies gradients as they come, and sends parameters."""
 
     def __init__(
-        self, parent: ParameterServer, rank: int, config: TrainConfig, on_computed: Callable[[], None]
+        self,
+        options: ParameterServer,
+        optimization: Optimization,
+        shard: Sequence[nn.Parameter],
+        num_workers: int,
+        group: dist.ProcessGroup,
+        config: TrainConfig,
+        on_computed: Callable[[], None],
     ) -> None:
-        self._options = parent
-        self._shard = parent._shards[rank]
-        self._optimization = parent._optimization
-        self._group = parent._group
+        self._options = options
+        self._optimization = optimization
+        self._shard = shard
+        self._group = group
         self._timeout = config.timeouts.collective
         self._on_computed = on_computed
-        self._packages = {worker: Package(self._shard) for worker in range(parent._num_workers)}
-        self._sent: dict[int, dist.Work] = {}
-        self._updates = 0
+        self._packages = {worker: Package(shard) for worker in range(num_workers)}
+        self._updates = 0  # gradients that were applied
+        self._gradients: dict[int, list[Tensor | None]] = {}  # of a synchronous step, by worker
         self._unanswered: list[int] = []
+        self._sent: dict[int, dist.Work] = {}
         self.busy = 0.0
         self.have_met()
-        self._inbox = Inbox(self._packages, self._group)
+        self._inbox = Inbox(self._packages, group)
 
     def have_met(self) -> None:
         """All workers have come as far as this server, and have its parameters."""
         self._clocks = dict.fromkeys(self._packages, self._optimization.steps)  # steps of each worker
-        self._given = dict.fromkeys(self._packages, self._updates)  # updates that its parameters have seen
+        self._given = dict.fromkeys(self._packages, self._updates)  # updates that each worker's parameters have seen
 
     def train_step(self, batch: Batch, denominator: float) -> StepResult:
-        """Serve until every worker has done the step."""
+        """Serve until every worker has done the step; others may do further ones meanwhile."""
         self._on_computed()
         step = self._optimization.steps
-        gradients: dict[int, list[Tensor | None]] = {}
         while min(self._clocks.values()) <= step:
             message = self._inbox.take(self._timeout, lambda: self._awaited(step))
             began = time.perf_counter()
-            worker = message.source
-            assert message.step == self._clocks[worker]
-            self._clocks[worker] += 1
-            self._unanswered.append(worker)
-            found = self._packages[worker].get() if message.kind is Kind.CONTENT else [None] * len(self._shard)
+            assert message.step == self._clocks[message.source]
+            self._clocks[message.source] += 1
+            self._unanswered.append(message.source)
             if self._options.max_staleness == 0:
-                gradients[worker] = found
-                if len(gradients) == len(self._packages):
-                    self._take(
-                        [_sum([gradients[one][place] for one in self._packages]) for place in range(len(self._shard))]
-                    )
-                    self._optimization.step()
+                self._collect(message)
             elif message.kind is Kind.CONTENT:
-                missed = (self._updates - self._given[worker]) / len(self._packages)
-                self._take(found)
-                self._optimization.update(stale_rate_factor(missed) if self._options.staleness_aware else 1.0)
-                self._updates += 1
+                self._apply(message.source)
             self._answer()
             self.busy += time.perf_counter() - began
         if self._options.max_staleness != 0:
             self._optimization.advance()
         return StepResult(torch.zeros((), device=batch.device), {}, True)
 
-    def _take(self, gradients: Sequence[Tensor | None]) -> None:
+    def _collect(self, message: Message) -> None:
+        """Take a step by the gradients of all workers, once they are here."""
+        package = self._packages[message.source]
+        self._gradients[message.source] = package.get() if message.kind is Kind.CONTENT else [None] * len(self._shard)
+        if len(self._gradients) < len(self._packages):
+            return
+        in_order = [self._gradients[worker] for worker in self._packages]
+        self._set([_sum(gradients) for gradients in zip(*in_order, strict=True)])
+        self._optimization.step()
+        self._gradients.clear()
+
+    def _apply(self, worker: int) -> None:
+        """Change the parameters by the gradient of one worker."""
+        staleness = (self._updates - self._given[worker]) / len(self._packages)
+        self._set(self._packages[worker].get())
+        self._optimization.update(stale_rate_factor(staleness) if self._options.staleness_aware else 1.0)
+        self._updates += 1
+
+    def _set(self, gradients: Sequence[Tensor | None]) -> None:
         for value, gradient in zip(self._shard, gradients, strict=True):
             value.grad = None if gradient is None else gradient.to(value.device)
 
@@ -360,7 +395,7 @@ class _Server:
             if limit is not None and self._clocks[worker] - slowest > limit:
                 continue
             if worker in self._sent:
-                self._sent[worker].wait()  # it has long arrived
+                self._sent[worker].wait()  # it has arrived, or the worker would have sent nothing
             self._packages[worker].put(self._shard)
             self._sent[worker] = send_package(self._packages[worker], worker, self._group)
             self._given[worker] = self._updates
