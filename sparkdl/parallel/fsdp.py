@@ -149,7 +149,7 @@ class FullyShardedDataParallel:
         module.register_forward_hook(_without_views)
         # The last layers' parameters are needed again at once: torch's own default keeps those of the root.
         root = None if self.reshard_after_forward else False
-        self._module = cast(FSDPModule, fully_shard(module, mesh=self._mesh_of_ranks, reshard_after_forward=root))
+        self._module = fully_shard(module, mesh=self._mesh_of_ranks, reshard_after_forward=root)
         for part in module.modules():
             if isinstance(part, FSDPModule):  # gradients are summed; what they are divided by is the loss's business
                 part.set_gradient_divide_factor(1.0)

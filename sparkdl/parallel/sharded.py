@@ -8,7 +8,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -117,7 +117,7 @@ def _whole(value: Tensor) -> Tensor:
     """A plain tensor of its own memory."""
     if not isinstance(value, DTensor):
         return value.detach().clone()
-    whole: Tensor = value.detach().full_tensor()
+    whole = cast(DTensor, value.detach()).full_tensor()
     return whole.clone() if whole.data_ptr() == value.to_local().data_ptr() else whole
 
 
@@ -151,7 +151,7 @@ def _kept(value: Any) -> Any:
     """A tensor as it is saved."""
     if not isinstance(value, DTensor):
         return value
-    whole = value.detach().full_tensor()
+    whole = cast(DTensor, value.detach()).full_tensor()
     return whole.cpu() if dist.get_rank() == 0 else None
 
 
