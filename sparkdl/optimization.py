@@ -131,6 +131,28 @@ class Optimization:
             for optimizer in self.optimizers:
                 self._scaler.step(optimizer)
 
+    def deferred_update(self) -> Callable[[], None]:
+        """The update of this step as a function, for strategies that bring parts of the weights forward later.
+
+        Each call changes the parameters whose gradients are there then, with the rates of the step in which this was
+        called, whatever they are by then.
+        """
+        with self._rates.warmed(self.steps):
+            then = [[_options_of(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+        def update() -> None:
+            if self._config.gradient_clip_value is not None:
+                clip_grad_value_(self._parameters, self._config.gradient_clip_value)
+            for optimizer, options in zip(self.optimizers, then, strict=True):
+                now = [_options_of(group) for group in optimizer.param_groups]
+                for group, own in zip(optimizer.param_groups, options, strict=True):
+                    group.update(own)
+                optimizer.step()
+                for group, own in zip(optimizer.param_groups, now, strict=True):
+                    group.update(own)
+
+        return update
+
     def advance(self) -> None:
         """Count a step, and bring forward what goes by steps."""
         self._learning_rate = self._rates.current(self.steps)[0]
@@ -253,3 +275,7 @@ def _average_of(module: nn.Module, config: TrainConfig) -> AveragedModel | None:
     average = AveragedModel(module, multi_avg_fn=decay, use_buffers=True)
     average.module.eval()
     return average
+
+
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
