@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from sparkdl.optimization import BuildOptimization, Optimization
 from sparkdl.parallel.compression import Compression, build_compression
 from sparkdl.parallel.error_feedback import CompressedAllReduce
 from sparkdl.parallel.gradients import Computed, add_up, compute_gradients
+from sparkdl.parallel.priority import PriorityExchange, order_of_use
 from sparkdl.parallel.replicas import Replicas
 from sparkdl.parallel.strategy import Setting, StepResult
 from sparkdl.serialization import load_state, state_of
@@ -29,6 +30,8 @@ from sparkdl.serialization import load_state, state_of
 __all__ = ["DataParallel"]
 
 logger = logging.getLogger(__name__)
+
+Schedule = Literal["ready", "priority"]
 
 # The first brings the gradients and the optimizer's state into memory; the second needs all of it at once.
 _CAREFUL_STEPS = 2
@@ -47,6 +50,10 @@ class DataParallel:
             checkpointed layers it refuses otherwise.
         compression: What of the gradients is sent: "fp16", "bf16", "int8", "topk", "powersgd" or an object of
             `sparkdl.parallel.compression`; None sends them whole.
+        schedule: "ready" sends gradients as the backward pass brings them, and the next step waits for all of them;
+            "priority" sends first what the next forward needs first, and has that wait where it needs it. That pays
+            where the network is slow and a forward takes a good part of the step; whoever looks at the module between
+            two steps waits for the rest.
     """
 
     name: ClassVar[str] = "ddp"
@@ -54,6 +61,7 @@ class DataParallel:
     bucket_cap_mb: float | None = None
     static_graph: bool = False
     compression: str | Compression | None = None
+    schedule: Schedule = "ready"
 
     def replicas(self, world_size: int) -> Replicas:
         """See `Strategy.replicas`."""
@@ -65,6 +73,37 @@ class DataParallel:
             raise ConfigError(f"bucket_cap_mb={self.bucket_cap_mb} is too small. Use more than 0, or None.")
         if self.compression is not None:
             _check_compression(build_compression(self.compression), self.compression, module, config)
+        if self.schedule not in get_args(Schedule):
+            raise ConfigError(f"schedule={self.schedule!r} is not known. Use one of {', '.join(get_args(Schedule))}.")
+        if self.schedule == "priority":
+            self._check_priority(module, config)
+
+    def _check_priority(self, module: nn.Module, config: TrainConfig) -> None:
+        for asked, by, why in (
+            (self.compression is not None, f"compression={self.compression!r}", "goes by the buckets of DDP"),
+            (self.bucket_cap_mb is not None, f"bucket_cap_mb={self.bucket_cap_mb}", "is about the buckets of DDP"),
+            (self.static_graph, "static_graph=True", "is about the buckets of DDP"),
+            (config.gradient_clip_norm is not None, "gradientClipNorm", "needs all gradients before the first update"),
+            (config.non_finite == "skip", "nonFinite='skip'", "needs all gradients before the first update"),
+            (config.precision == "16", "precision='16'", "needs all gradients before the first update"),
+            (config.torch_compile, "torchCompile=True", "hides where a parameter is used"),
+            (config.averaging != "none", f"averaging={config.averaging!r}", "needs all weights after every step"),
+        ):
+            if asked:
+                raise ConfigError(
+                    f"schedule='priority' brings weights forward one after the other, but {by} {why}. Use "
+                    f"schedule='ready', or leave {by.partition('=')[0]} out."
+                )
+        compiled = [
+            name for name, part in module.named_modules()
+            if isinstance(part, torch.jit.ScriptModule) or type(part).__name__ == "OptimizedModule"
+            or getattr(part, "_compiled_call_impl", None) is not None
+        ]  # fmt: skip
+        if compiled:
+            raise ConfigError(
+                "schedule='priority' sees where a parameter is used, but not in the compiled module "
+                f"{compiled[0] or type(module).__name__!r}. Use schedule='ready', or the module as it was before."
+            )
 
     def prepare(
         self, module: nn.Module, objective: Objective, build: BuildOptimization, config: TrainConfig, setting: Setting
@@ -72,14 +111,20 @@ class DataParallel:
         """Broadcast rank 0's weights and build the optimization.
 
         Raises:
-            ConfigError: A graph that is said to be static leaves parameters out.
+            ConfigError: A graph that is said to be static leaves parameters out, or the schedule does not suit them.
         """
+        device = next(module.parameters()).device
+        if self.schedule == "priority" and (setting.find_unused_parameters or device.type != "cpu"):
+            found = f"it is on {device}" if device.type != "cpu" else "some parameters have no part in the output"
+            raise ConfigError(
+                f"schedule='priority' is for modules on the CPU all of whose parameters are used, but {found}. Use "
+                "schedule='ready'."
+            )
         if self.static_graph and setting.find_unused_parameters:
             raise ConfigError(
                 "static_graph=True, but some parameters have no part in the output, and a rank without rows cannot "
                 "know which. Use static_graph=False, or freeze these parameters (frozenParameters)."
             )
-        device = next(module.parameters()).device
         self._module = module
         self._config = config
         self.micro_batch_size = config.micro_batch_size
@@ -91,7 +136,9 @@ class DataParallel:
         self._world_size = dist.get_world_size()
         self._step: nn.Module = step
         self._reducing: DistributedDataParallel | None = None
-        if self._world_size > 1:
+        self._priority: PriorityExchange | None = None
+        prioritised = self._world_size > 1 and self.schedule == "priority"
+        if self._world_size > 1 and not prioritised:
             self._step = self._reducing = DistributedDataParallel(
                 step,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -111,13 +158,16 @@ class DataParallel:
         self._careful_steps = 0 if config.sync_batch_norm else _CAREFUL_STEPS
         if self._reducing is not None:
             self._warm_up(setting.example)
+        elif prioritised:
+            self._priority = PriorityExchange(self._order_of_use(setting.example))
         self._on_computed = setting.on_computed
         self._busy = self._begun = 0.0
         # In the backward pass the first layer's gradients come last: when they are there this rank has computed its
         # part, and what is left of the backward pass is waiting for the others.
-        if self._reducing is not None:
+        self._handle: Any = None
+        if self._world_size > 1:
             first = next(value for value in module.parameters() if value.requires_grad)
-            first.register_post_accumulate_grad_hook(lambda _: self._computed())
+            self._handle = first.register_post_accumulate_grad_hook(lambda _: self._computed())
 
     def _warm_up(self, example: Batch) -> None:
         """A backward pass that changes nothing but the order of DDP's buckets.
@@ -134,6 +184,15 @@ class DataParallel:
             loss.backward()
         self._module.zero_grad(set_to_none=True)
         self._restore(buffers)
+
+    def _order_of_use(self, example: Batch) -> list[nn.Parameter]:
+        """The order in which a forward uses the parameters."""
+        buffers = [value.clone() for value in self._module.buffers()]
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), self._optimization.autocast():
+            trained = [value for value in self._module.parameters() if value.requires_grad]
+            order = order_of_use(trained, lambda: self._step(example))
+        self._restore(buffers)
+        return order
 
     def _restore(self, buffers: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -154,23 +213,49 @@ class DataParallel:
         # The all-reduce takes the mean over ranks; the gradient wanted is the sum over ranks by the denominator.
         scale = self._world_size / denominator if denominator else float(self._world_size)
         computed = self._carefully(batch, scale) if self._careful_steps else self._backward(batch, scale)
-        if self._reducing is not None:
+        if self._world_size > 1:
             self._begun = time.perf_counter()
         elif self._compressed is not None:
             self._compressed.add_what_is_kept()
-        taken = self._optimization.step()
+        if self._priority is None:
+            taken = self._optimization.step()
+        else:
+            self._optimization.advance()
+            taken = True
         self._busy += time.perf_counter() - self._begun
         return StepResult(*add_up(computed), taken)
 
     def _backward(self, batch: Batch, scale: float, *, synchronised: bool = True) -> Computed:
         """The gradients of this rank's rows, reduced with the last micro-batch: losses and logged sums of each."""
         micro_batches = self._micro_batches(batch)
+        if self._priority is not None and synchronised:
+            return self._prioritised(self._priority, micro_batches, scale)
 
         def around(number: int) -> contextlib.AbstractContextManager[Any]:
             reduced = synchronised and number == len(micro_batches) - 1
             return contextlib.nullcontext() if reduced or self._reducing is None else self._reducing.no_sync()
 
         return compute_gradients(self._optimization, self._step, micro_batches, scale, around=around)
+
+    def _prioritised(self, exchange: PriorityExchange, micro_batches: Sequence[Batch], scale: float) -> Computed:
+        """As `_backward`; the weights of the last step become new as the forward uses them."""
+        left = len(micro_batches)
+
+        def compute(micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            nonlocal left
+            waited = exchange.waited
+            with exchange.waiting():
+                found: tuple[Tensor, dict[str, Tensor]] = self._step(micro_batch)
+            exchange.settle()
+            self._busy -= exchange.waited - waited
+            left -= 1
+            if not left:
+                exchange.begin(self._optimization.deferred_update())
+            return found
+
+        computed = compute_gradients(self._optimization, compute, micro_batches, scale)
+        exchange.end()
+        return computed
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         if not self._config.sync_batch_norm or self.micro_batch_size is None:
@@ -183,6 +268,7 @@ class DataParallel:
     def _carefully(self, batch: Batch, scale: float) -> Computed:
         """As `_backward`, but nothing is reduced before all rows are computed: a rank can begin again until then."""
         devices = [value.device for value in batch.inputs if value.device.type == "cuda"][:1]
+        self._settle()
         buffers = [value.clone() for value in self._module.buffers()]
         while True:
             out_of_memory: str | None = None
@@ -197,6 +283,11 @@ class DataParallel:
             self._halve(batch.rows, out_of_memory)
             self._restore(buffers)
         self._careful_steps -= 1
+        if self._priority is not None:
+            self._priority.begin(self._optimization.deferred_update())
+            self._priority.take_all()
+            self._priority.end()
+            self._priority.settle()
         if self._reducing is not None:
             loss, _ = self._step(batch.part(0, 0))
             loss.backward()  # of no rows: adds nothing, and reduces what is there
@@ -227,12 +318,18 @@ class DataParallel:
         """See `Strategy.busy_seconds`."""
         return self._busy
 
+    def _settle(self) -> None:
+        if self._priority is not None:
+            self._priority.settle()
+
     def gather(self) -> nn.Module:
         """See `Strategy.gather`."""
+        self._settle()
         return self._module
 
     def state_dict(self) -> dict[str, Any]:
         """See `Strategy.state_dict`."""
+        self._settle()
         return {
             "module": state_of(self._module),
             "optimization": self._optimization.state_dict(),
@@ -264,6 +361,11 @@ class DataParallel:
         """
         if self._compressed is not None:
             self._compressed.close()
+        if self._priority is not None:
+            self._priority.close()
+            self._priority = None
+        if self._handle is not None:
+            self._handle.remove()
         if self._reducing is not None:
             del self._reducing.reducer, self._reducing.logger
         del self._step, self._reducing
@@ -271,6 +373,7 @@ class DataParallel:
     @property
     def module(self) -> nn.Module:
         """See `Strategy.module`."""
+        self._settle()
         return self._module
 
     @property

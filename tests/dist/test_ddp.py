@@ -84,7 +84,7 @@ def opened(
     module = make()
     freeze_parameters(module, config.frozen_parameters)
     module = prepare_module(module, config)
-    strategy = DataParallel(bucket_cap_mb=16 / 1024, **options)
+    strategy = DataParallel(**{"bucket_cap_mb": 16 / 1024, **options})
     strategy.check(module, config)
     recipe = OptimizerRecipe("adamw", 0.01)
     build = optimization_builder(recipe, None, config, steps_per_epoch=STEPS)
@@ -107,8 +107,10 @@ def train(
         losses.append(float(result.loss))
         if step + 1 == SAVED:
             saved = copied(strategy.state_dict())
+    found = {"weights": state_of(strategy.gather()), "losses": losses, "begun": begun, "saved": saved}
+    assert strategy.busy_seconds > 0
     strategy.close()
-    return {"weights": state_of(strategy.gather()), "losses": losses, "begun": begun, "saved": saved}
+    return found
 
 
 def repeated_means(compression: Compression) -> dict[str, Any]:
@@ -167,6 +169,69 @@ def normed() -> nn.Module:
     return mlp(lambda: nn.BatchNorm1d(48))
 
 
+class Wide(nn.Module):
+    """Gradients of several chunks, some of them of one parameter; layers are used in another order than they are there.
+
+    A parameter is used twice, another without the forward of the layer that has it.
+    """
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.last, self.middle = nn.Linear(400, 3), nn.Linear(400, 400)
+            self.first, self.normed = nn.Linear(6, 400), norm(400)
+        self.double()
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = torch.addmm(self.first.bias, features, self.first.weight.T).tanh()
+        hidden = self.normed(self.middle(hidden)).tanh()
+        found: Tensor = self.last(self.middle(hidden).tanh())
+        return found
+
+
+class Moody(nn.Module):
+    """A layer has no part in the output of small batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.extra = mlp(), nn.Linear(3, 3).double()
+
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = self.inner(features)
+        return self.extra(found) if len(features) > 4 else found
+
+
+PRIORITY = {"schedule": "priority", "bucket_cap_mb": None}
+WIDE: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "in micro-batches": {"micro_batch_size": 2},
+    "with clipped values": {"gradient_clip_value": 1e-3},
+    "with a frozen layer": {"frozen_parameters": ("^first",)},
+    "with a warming rate": {"warmup_steps": 5},
+    "with shared statistics": {"sync_batch_norm": True},
+    "with recomputed layers": {"activation_checkpointing": ("middle",)},
+}
+
+
+def priority() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, settings in WIDE.items():
+        make = partial(Wide, nn.BatchNorm1d) if "sync_batch_norm" in settings else Wide
+        results[name] = {
+            "ready": train({}, make, **settings)["weights"],
+            "priority": train(PRIORITY, make, **settings)["weights"],
+        }
+    calm = train(PRIORITY, Wide)
+    results["resumed"] = {"calm": calm, "resumed": train(PRIORITY, Wide, resumed=calm["saved"])}
+    results["unused"] = failure(lambda: opened(PRIORITY, Unused, unused=True))
+    strategy = opened(PRIORITY, Moody)
+    for step in range(3):
+        strategy.train_step(global_batch(step), 36.0)
+    results["moody"] = failure(lambda: strategy.train_step(global_batch(3).part(0, 2), 6.0))
+    return results
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "plain": partial(train, {}),
     "small buckets and a static graph": partial(train, {"static_graph": True}),
@@ -217,6 +282,7 @@ def three_ranks() -> dict[str, Any]:
     dropped = opened({"compression": "int8"})
     dropped.load_state_dict(results["fp16"]["calm"]["saved"])
     results["begun anew"] = dropped.state_dict()["compressed"]
+    results["priority"] = priority()
     results["broken"] = failure(lambda: train({"compression": Broken()}))
     return results
 
@@ -366,6 +432,29 @@ def test_a_gradient_that_was_zero_once_is_followed_again(found: list[dict[str, A
     assert not first.any()
     for mean in others:
         assert torch.linalg.matrix_rank(mean.view(9, 70)) == SETTLED.rank
+
+
+# ---- priority --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", WIDE)
+def test_gradients_that_are_sent_by_priority_are_the_same(found: list[dict[str, Any]], name: str) -> None:
+    for rank in found:
+        ready, priority = rank["priority"][name]["ready"], rank["priority"][name]["priority"]
+        torch.testing.assert_close(priority, ready, rtol=1e-9, atol=1e-12)
+        for key, value in priority.items():
+            assert "running" in key or torch.equal(value, found[0]["priority"][name]["priority"][key]), key
+
+
+def test_it_goes_on_to_the_bit_by_priority_too(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        calm, resumed = (rank["priority"]["resumed"][name] for name in ("calm", "resumed"))
+        assert calm["losses"][SAVED:] == resumed["losses"]
+        assert all(torch.equal(value, resumed["weights"][key]) for key, value in calm["weights"].items())
+
+
+def test_priority_needs_all_gradients(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "all of whose parameters are used, but some parameters have no part" in rank["priority"]["unused"]
+        assert "some parameters had no part in the output of a step. Use schedule='ready'" in rank["priority"]["moody"]
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------

@@ -86,6 +86,10 @@ def odd_module() -> nn.Module:
     return module
 
 
+def compiled_module() -> nn.Module:
+    return nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "module", "message"),
     [
@@ -102,6 +106,16 @@ def odd_module() -> nn.Module:
         ({"compression": Int8()}, {"non_finite": "skip"}, None, r"compression=Int8\(\) keeps .* nonFinite='skip'"),
         ({"compression": "fp16"}, {}, nn.Embedding(3, 2, sparse=True), "takes dense gradients, but those of ''"),
         ({"compression": "fp16"}, {}, odd_module(), "the parameter 'phase' is torch.complex64"),
+        ({"schedule": "late"}, {}, None, "schedule='late' is not known. Use one of ready, priority"),
+        ({"schedule": "priority", "compression": "fp16"}, {}, None, "priority' .* but compression='fp16' goes by the"),
+        ({"schedule": "priority", "bucket_cap_mb": 5}, {}, None, "bucket_cap_mb=5 is about .* leave bucket_cap_mb out"),
+        ({"schedule": "priority", "static_graph": True}, {}, None, "static_graph=True is about the buckets"),
+        ({"schedule": "priority"}, {"gradient_clip_norm": 1.0}, None, "gradientClipNorm needs all gradients before"),
+        ({"schedule": "priority"}, {"non_finite": "skip"}, None, "nonFinite='skip' needs all gradients"),
+        ({"schedule": "priority"}, {"precision": "16"}, None, "precision='16' needs all gradients"),
+        ({"schedule": "priority"}, {"averaging": "ema"}, None, "averaging='ema' needs all weights after every step"),
+        ({"schedule": "priority"}, {"torch_compile": True}, None, "torchCompile=True hides where a parameter is used"),
+        ({"schedule": "priority"}, {}, compiled_module(), "priority' sees where .* not in the compiled module '0'"),
         ({"bucket_cap_mb": 0}, {}, None, "bucket_cap_mb=0 is too small. Use more than 0, or None"),
     ],
 )  # fmt: skip
@@ -116,6 +130,10 @@ def test_what_cannot_be_is_refused(
 @pytest.mark.parametrize("compression", [None, *compression_names(), TopK(1.0)])
 def test_the_rest_passes(compression: Any) -> None:
     DataParallel(compression=compression, bucket_cap_mb=5, static_graph=True).check(nn.Linear(2, 2), CONFIG)
+
+
+def test_priority_passes() -> None:
+    DataParallel(schedule="priority").check(nn.Linear(2, 2), TrainConfig(num_train_workers=2, gradient_clip_value=1.0))
 
 
 def test_half_precision_may_be_combined_with_what_skips_steps() -> None:
