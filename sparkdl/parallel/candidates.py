@@ -15,7 +15,7 @@ class Compressor:
     """What a way to compress gradients sends, and costs.
 
     Attributes:
-        passes: What compressing and the way back take, in times that the gradients are copied to new memory.
+        passes: What compressing and the way back take, in times that the gradients are copied, on a processor core.
         gathers: True where every rank sends its own to all others, as what is sent cannot be added up.
         sent: Bytes that stand for the gradients of a module, or of that part of it.
     """
@@ -34,10 +34,10 @@ def _low_rank(rank: int) -> Callable[[ModuleFacts], float]:
 
 
 COMPRESSORS: dict[str, Compressor] = {
-    "fp16": Compressor(4.5, False, lambda module: module.trainable_parameter_bytes / 2),
-    "int8": Compressor(8.5, False, lambda module: module.trainable_parameter_bytes / 4),
-    "topk": Compressor(12, True, lambda module: module.trainable_parameter_bytes * 0.01 * 2),
-    "powersgd": Compressor(2.5, False, _low_rank(2)),
+    "fp16": Compressor(32, False, lambda module: module.trainable_parameter_bytes / 2),
+    "int8": Compressor(60, False, lambda module: module.trainable_parameter_bytes / 4),
+    "topk": Compressor(80, True, lambda module: module.trainable_parameter_bytes * 0.01 * 2),
+    "powersgd": Compressor(18, False, _low_rank(2)),
 }
 """By name, with their defaults: top-k sends 1 % of the values with their places, PowerSGD matrices of rank 2."""
 

@@ -91,7 +91,7 @@ class ClusterFacts:
         memory_bytes: What a rank may use; None: no limit is known.
         slowdowns: Of each rank, its seconds by the mean of all ranks; none: all are alike.
         jitter: Standard deviation of a rank's step, by its mean.
-        copied_bytes_per_second: How fast a rank copies tensors to new memory.
+        copied_bytes_per_second: How fast a rank copies tensors in its memory.
         overlap: The part of an exchange that costs nothing while a rank computes: 1 where the link alone is busy with
             it, less where it takes the processor from the computing.
         backend: NCCL takes the fastest of ring, tree and hierarchy. gloo always takes the ring, and reduces whole
@@ -105,7 +105,7 @@ class ClusterFacts:
     memory_bytes: int | None = None
     slowdowns: tuple[float, ...] = ()
     jitter: float = 0.0
-    copied_bytes_per_second: float = 2e9
+    copied_bytes_per_second: float = 1e10
     overlap: float = 1.0
     backend: Literal["gloo", "nccl"] = "gloo"
 

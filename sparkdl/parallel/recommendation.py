@@ -113,7 +113,7 @@ def recommend(
         ranks_per_host=min(ranks_per_host, num_train_workers),
         memory_bytes=None if memory is None else int(memory),
         backend=backend,
-        copied_bytes_per_second=1e12 if next(module.parameters()).device.type == "cuda" else 4e9,
+        copied_bytes_per_second=1e12 if next(module.parameters()).device.type == "cuda" else 1e10,
     )
     if example is None or loss is None:
         facts = count_module(module)

@@ -144,7 +144,7 @@ def test_a_compression_sends_its_part():
     whole = estimate(Candidate(), MODULE, FOUR, 32)
     assert whole.seconds_per_step > half.seconds_per_step > whole.seconds_per_step / 2
     low_rank = estimate(Candidate(compression="powersgd"), MODULE, FOUR, 32)
-    assert low_rank.seconds_per_step == pytest.approx(0.009 + 0.009 / 4 + 2.5 * 0.0524288 + 1.5 * 0.02 + 0.002)
+    assert low_rank.seconds_per_step == pytest.approx(0.009 + 0.009 / 4 + 18 * 0.01048576 + 1.5 * 0.02 + 0.002)
     assert low_rank.seconds_per_step < whole.seconds_per_step / 4
     assert low_rank.memory_bytes == whole.memory_bytes + 100 * MIB  # what was not sent
     many = replace(FOUR, world_size=1024)
