@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparkdl.parallel.fsdp import FullyShardedDataParallel, HybridShardedDataParallel
     from sparkdl.parallel.local_sgd import LocalSGD
     from sparkdl.parallel.parameter_server import ParameterServer
+    from sparkdl.parallel.pipeline import Pipeline
     from sparkdl.parallel.recommendation import Recommendation, recommend
     from sparkdl.parallel.tensor import TensorParallel
 
@@ -28,6 +29,7 @@ __all__ = [
     "Int8",
     "LocalSGD",
     "ParameterServer",
+    "Pipeline",
     "Place",
     "PowerSGD",
     "Recommendation",
@@ -51,6 +53,7 @@ _NAMED = {
     "parameter_server": ("ParameterServer", "parameter_server"),
     "local_sgd": ("LocalSGD", "local_sgd"),
     "auto": ("Auto", "auto"),
+    "pipeline": ("Pipeline", "pipeline"),
 }
 # Further classes that are loaded on first use.
 _OPTIONS: dict[str, str] = {

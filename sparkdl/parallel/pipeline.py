@@ -4,21 +4,20 @@ GPipe (Huang et al., arXiv 1811.06965), 1F1B and its interleaved form (Narayanan
 `torch.distributed.pipelining` runs them. The gradient is that of the whole global batch, as with every synchronous way.
 """
 
-import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from sparkdl.batch import Batch
 from sparkdl.config import TrainConfig
@@ -27,11 +26,13 @@ from sparkdl.io.exchange import broadcast, broadcast_state
 from sparkdl.objective import Objective, TrainingStep
 from sparkdl.optimization import BuildOptimization, Optimization
 from sparkdl.parallel.gradients import Computed, add_up
+from sparkdl.parallel.pipeline_stage import Part, TimedStage, filled, owners
 from sparkdl.parallel.rank_states import gather_states
 from sparkdl.parallel.replicas import Replicas, check_degrees
 from sparkdl.parallel.sharded import empty_copy, filler_rows, whole_copy
-from sparkdl.parallel.split import Autocast, Stages, check_split, split_module
+from sparkdl.parallel.split import check_split, split_module
 from sparkdl.parallel.strategy import Setting, StepResult
+from sparkdl.parallel.tensor import sum_over
 from sparkdl.serialization import state_of
 
 __all__ = ["Pipeline"]
@@ -40,7 +41,6 @@ Schedule = Literal["gpipe", "1f1b", "interleaved"]
 
 _SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 _MICRO_BATCHES_PER_RANK = 4  # the part of the time in which ranks wait is then at most a fifth
-_BUCKET = 32 << 20  # bytes of gradients that are reduced together
 
 
 @dataclass
@@ -210,9 +210,9 @@ class Pipeline:
         total = size * self.stages_per_rank
         inputs = [value.expand(self._rows, *value.shape[1:]).contiguous() for value in first_rows]
         split = split_module(module, inputs, total, self.cut_points, autocast=autocast)
-        parts = [_Part(split, number, autocast) for number in range(index, total, size)]
+        parts = [Part(split, number, autocast) for number in range(index, total, size)]
         used = {id(value) for part in parts for value in (*part.parameters(), *part.buffers())}
-        self._owner = _owners(module, split, size)
+        self._owner = owners(module, split, size)
         tensors = state_of(module)
         self._held = {name: value for name, value in tensors.items() if id(value) in used or self._owner[name] == index}
         self._own = {name: value for name, value in tensors.items() if self._owner[name] == index}
@@ -221,10 +221,10 @@ class Pipeline:
             if id(value) not in held:
                 value.data = value.data.new_zeros(()).expand(value.shape)  # its shape, and memory for one number
         self._trained = [value for value in module.parameters() if value.requires_grad and id(value) in used]
-        self._buffers = [value for value in module.buffers() if id(value) in used]
+        self._changing = [value for value in module.buffers() if id(value) in used & split.changing]
         self._last = parts[-1]
         self._stages = [
-            _TimedStage(
+            TimedStage(
                 part,
                 part.number,
                 total,
@@ -291,7 +291,7 @@ class Pipeline:
         if self._place.index == 0:
             first = next(piece for piece in self._pieces if piece.rows).part(0, 1).inputs
             inputs = [
-                torch.cat([_filled(piece.inputs[column], self._rows, filler) for piece in self._pieces])
+                torch.cat([filled(piece.inputs[column], self._rows, filler) for piece in self._pieces])
                 for column, filler in enumerate(first)
             ]
         target = torch.arange(self._micro_batches) if self._place.index == self._place.size - 1 else None
@@ -321,17 +321,13 @@ class Pipeline:
             dist.all_reduce(anywhere, group=self._alike)
             unused = {id(value) for value, used in zip(self._trained, anywhere.tolist(), strict=True) if not used}
         gradients = []
-        for value in self._trained:
-            if id(value) not in unused:
-                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
-                gradients.append(value.grad)
-        for bucket in _buckets(gradients):
-            flat = torch.cat([value.reshape(-1) for value in bucket])
-            dist.all_reduce(flat, group=self._alike)
-            for value, summed in zip(bucket, flat.split([value.numel() for value in bucket]), strict=True):
-                value.copy_(summed.view_as(value))
-        for value in self._buffers:
-            dist.broadcast(value, group_src=0, group=self._alike)
+        for parameter in self._trained:
+            if id(parameter) not in unused:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        sum_over(gradients, self._alike)
+        if self._changing:
+            broadcast(self._changing, 0, group=self._alike)
 
     @torch.no_grad()
     def _clip_norm(self) -> None:
@@ -423,82 +419,3 @@ class Pipeline:
     def optimization(self) -> Optimization:
         """See `Strategy.optimization`."""
         return self._optimization
-
-
-class _Part(nn.Module):
-    """A stage as `PipelineStage` calls it: from tensors to a tuple of tensors, in the precision of the run."""
-
-    def __init__(self, split: Stages, number: int, autocast: Autocast) -> None:
-        super().__init__()
-        self.body = split.modules[number]
-        self.number = number
-        self.is_last = number == len(split.modules) - 1
-        self._restore = split.restore
-        self._autocast = autocast
-
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        with self._autocast():
-            # What was received is a leaf of autograd, which a layer that works in place must not change.
-            output = self.body(*(value.clone() if self.number else value for value in given))
-        leaves, self._structure = tree_flatten(output)
-        self._constants = {place: leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        return tuple(leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor))
-
-    def restored(self, returned: Sequence[Tensor], rows: int, size: int) -> Any:
-        """The module's output for the first ``rows`` of a micro-batch of ``size`` rows."""
-        tensors = iter(value[:rows] if value.dim() and len(value) == size else value for value in returned)
-        leaves = [
-            self._constants[place] if place in self._constants else next(tensors)
-            for place in range(len(returned) + len(self._constants))
-        ]
-        return self._restore(tree_unflatten(leaves, self._structure))
-
-
-class _TimedStage(PipelineStage):
-    """Knows how long it has computed; the schedule waits for other ranks in between."""
-
-    _seconds = 0.0
-
-    @contextlib.contextmanager
-    def stopwatch(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - began
-
-    def take_seconds(self) -> float:
-        """Since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        with self.stopwatch():
-            return super().forward_one_chunk(*args, **kwargs)
-
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        with self.stopwatch():
-            return super().backward_one_chunk(*args, **kwargs)
-
-
-def _owners(module: nn.Module, split: Stages, size: int) -> dict[str, int]:
-    """Which rank of a pipeline speaks for a tensor: the first whose stages use it, or the first of all."""
-    users: dict[int, int] = {}
-    for number, part in enumerate(split.modules):
-        for value in (*part.parameters(), *part.buffers()):
-            users.setdefault(id(value), number % size)
-    return {name: users.get(id(value), 0) for name, value in state_of(module).items()}
-
-
-def _filled(rows: Tensor, size: int, filler: Tensor) -> Tensor:
-    """Rows of shape (rows, ...) and as many copies of ``filler``, shape (1, ...), as make ``size``."""
-    return torch.cat([rows, filler.expand(size - len(rows), *filler.shape[1:])])
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in lists of one dtype and of about the same number of bytes."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for value in tensors:
-        bucket = by_dtype.setdefault(value.dtype, [])
-        bucket.append(value)
-        if sum(one.nbytes for one in bucket) >= _BUCKET:
-            yield by_dtype.pop(value.dtype)
-    yield from by_dtype.values()
