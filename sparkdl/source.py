@@ -156,7 +156,6 @@ class Source:
             columns,
             inputs=columns.inputs if place.reads_inputs else (),
             labels=columns.labels if place.reads_labels else (),
-            weight=columns.weight if place.reads_labels else None,
         )
         fields = [column.field for column in needed]
         if self.in_place is None:

@@ -20,7 +20,7 @@ class Place:
         index: Its place in the replica, from 0.
         size: Ranks of the replica.
         reads_inputs: True where it reads the inputs.
-        reads_labels: True where it reads labels and weights.
+        reads_labels: True where it reads the labels. Weights are read by all: ranks agree by them.
     """
 
     dp_rank: int | None
