@@ -155,7 +155,7 @@ def check_strategy(strategy: Strategy, module: nn.Module, config: TrainConfig) -
     shards = config.num_shards or replicas.dp_size
     if shards < replicas.dp_size:
         asked = f"numTrainWorkers={config.num_train_workers}"
-        if not replicas.each_rank_is_one:
+        if not replicas.are_ranks(config.num_train_workers):
             asked += f" with {replicas.dp_size} replicas"
         raise ConfigError(
             f"{asked} is more than numShards={shards}: some ranks would have nothing to read. Use numShards >= "
@@ -163,7 +163,7 @@ def check_strategy(strategy: Strategy, module: nn.Module, config: TrainConfig) -
         )
     ShardPlan((0,) * shards, config.batch_size)
     moving = "balanceShards=True" if config.balance_shards else f"reshuffleInterval={config.reshuffle_interval}"
-    if not replicas.each_rank_is_one and (config.balance_shards or config.reshuffle_interval is not None):
+    if not replicas.are_ranks(config.num_train_workers) and (config.balance_shards or config.reshuffle_interval is not None):
         raise ConfigError(
             f"{moving} moves rows between ranks that each hold the whole module, but strategy={strategy.name!r} has "
             f"{replicas.dp_size} replicas on {config.num_train_workers} ranks. Leave it out."

@@ -531,7 +531,7 @@ class _OpenRows:
             return _one_row_per_rank(self.spark, spec.config.num_train_workers)
         partitioning = spec.config.partitioning or "sample"
         ranks = spec.config.num_train_workers
-        owners = None if replicas.each_rank_is_one else replicas.groups
+        owners = None if replicas.are_ranks(ranks) else replicas.groups
         return deal_rows(
             self.spooled, spec.columns, world_size=ranks, owners=owners, partitioning=partitioning, **_dealing(spec)
         )

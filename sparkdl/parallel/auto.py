@@ -158,7 +158,7 @@ def _choose(
             continue
         strategy = one.candidate.build()
         try:
-            if not strategy.replicas(ranks).each_rank_is_one:
+            if not strategy.replicas(ranks).are_ranks(ranks):
                 continue
             strategy.check(module, config)
         except ConfigError:

@@ -63,10 +63,9 @@ class Replicas:
         """Replicas."""
         return len(self.groups)
 
-    @property
-    def each_rank_is_one(self) -> bool:
-        """True where every rank is a replica by itself, and reads."""
-        return self.groups == tuple((rank,) for rank in range(self.dp_size))
+    def are_ranks(self, world_size: int) -> bool:
+        """True where each of so many ranks is a replica by itself, and reads its own rows."""
+        return self.groups == tuple((rank,) for rank in range(world_size))
 
     def place_of(self, rank: int) -> Place:
         """What a rank is to the data."""
