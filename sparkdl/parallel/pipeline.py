@@ -77,20 +77,30 @@ class Pipeline:
     stages_per_rank: int = 1
 
     # ---- before the ranks are there ----------------------------------------------------------------------------------
-    def replicas(self, world_size: int) -> Replicas:
-        """See `Strategy.replicas`."""
+    @property
+    def ranks(self) -> int | None:
+        """Ranks of one pipeline; None for all.
+
+        Raises:
+            ConfigError: ``stages``, ``stages_per_rank`` and ``schedule`` do not go together.
+        """
         if self.stages_per_rank < 1 or (self.stages_per_rank > 1 and self.schedule != "interleaved"):
             raise ConfigError(
                 f"strategy={self.name!r}: stages_per_rank={self.stages_per_rank} does not go with schedule="
                 f"{self.schedule!r}. Use 1, or more with schedule='interleaved'."
             )
-        stages = self.stages if self.stages is not None else world_size * self.stages_per_rank
-        if stages % self.stages_per_rank:
+        if self.stages is None:
+            return None
+        if self.stages % self.stages_per_rank:
             raise ConfigError(
-                f"strategy={self.name!r}: stages={stages} cannot be dealt to ranks by stages_per_rank="
+                f"strategy={self.name!r}: stages={self.stages} cannot be dealt to ranks by stages_per_rank="
                 f"{self.stages_per_rank}. Use a multiple of it."
             )
-        size = stages // self.stages_per_rank
+        return self.stages // self.stages_per_rank
+
+    def replicas(self, world_size: int) -> Replicas:
+        """See `Strategy.replicas`."""
+        size = world_size if self.ranks is None else self.ranks
         check_degrees(
             self.name, world_size, {"pipeline ranks": size, "data_parallel": max(1, world_size // max(1, size))}
         )

@@ -251,7 +251,7 @@ class _Cutting:
             f"{name!r} ({type(self._traced.root.get_submodule(name)).__name__})" for name in sorted(self._traced.whole)
         ]
         why = f"; {_listed(large)} cannot be looked into" if large else ""
-        return f"there are {most} parts with something to train that can be cut apart{why}"
+        return f"of the parts with something to train no more than {most} can be cut apart{why}"
 
     def stages(self, cuts: Sequence[int]) -> Stages:
         """The stages between the cuts."""
