@@ -188,7 +188,8 @@ class FullyShardedDataParallel:
             self._drop_unused()
         taken = self._optimization.step()
         self._busy += self._clock() - began
-        return StepResult(*add_up(computed), taken)
+        own = [one for one, rows in zip(computed, micro_batches, strict=True) if rows.rows]
+        return StepResult(*add_up(own or computed[:1]), taken)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """As many on all ranks, which gather parameters together in every forward."""
