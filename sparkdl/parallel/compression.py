@@ -173,7 +173,7 @@ class TopK:
         number = torch.int32 if len(values) < 1 << 31 else torch.int64
         sent = torch.cat([values[places].view(torch.uint8), places.to(number).view(torch.uint8)])
         received = sent.new_empty(world_size, len(sent))
-        dist.all_gather_into_tensor(received.view(-1), sent, group=group)
+        dist.all_gather(list(received), sent, group=group)
         mean = torch.zeros_like(values)
         border = len(places) * values.element_size()
         for data in received:  # rank by rank: the order of summation is the same everywhere
@@ -348,7 +348,7 @@ def _mean_in_slices(
     dist.all_to_all_single(received, sent, group=group)
     own_mean = decode(received).mean(0, keepdim=True)
     handed_on = encode(own_mean)
-    dist.all_gather_into_tensor(received.view(-1), handed_on.view(-1), group=group)
+    dist.all_gather(list(received), handed_on[0], group=group)
     means = decode(received)
     kept = slices - decode(sent)
     kept[rank] += world_size * (own_mean[0] - means[rank])
@@ -367,7 +367,8 @@ def _sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) ->
 
 def _orthogonal(matrix: Tensor) -> Tensor:
     """Orthonormal columns that span those of the matrix; those of a matrix of zeros as well."""
-    return torch.linalg.qr(matrix)[0]
+    orthonormal: Tensor = torch.linalg.qr(matrix)[0]
+    return orthonormal
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

@@ -111,7 +111,8 @@ class DataParallel:
         """Broadcast rank 0's weights and build the optimization.
 
         Raises:
-            ConfigError: A graph that is said to be static leaves parameters out, or the schedule does not suit them.
+            ConfigError: A graph that is said to be static leaves parameters out, or the schedule does not suit them or
+                the optimizer.
         """
         device = next(module.parameters()).device
         if self.schedule == "priority" and (setting.find_unused_parameters or device.type != "cpu"):
@@ -159,6 +160,12 @@ class DataParallel:
         if self._reducing is not None:
             self._warm_up(setting.example)
         elif prioritised:
+            others = [type(one).__name__ for one in self._optimization.optimizers if not _is_of_torch(one)]
+            if others:
+                raise ConfigError(
+                    "schedule='priority' updates parameters one after the other, which is known to suit the optimizers "
+                    f"of torch, but {others[0]} is another. Use schedule='ready', or an optimizer of torch.optim."
+                )
             self._priority = PriorityExchange(self._order_of_use(setting.example))
         self._on_computed = setting.on_computed
         self._busy = self._begun = 0.0
@@ -405,6 +412,10 @@ def _check_compression(compression: Compression, asked: Any, module: nn.Module, 
             f"compression={asked!r} takes real numbers, but the parameter {odd[0][0]!r} is {odd[0][1]}. Use "
             "compression=None."
         )
+
+
+def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.")
 
 
 @contextlib.contextmanager

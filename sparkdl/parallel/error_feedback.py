@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from sparkdl.errors import ConfigError
@@ -48,7 +49,7 @@ class CompressedAllReduce:
             self._waiting = SimpleQueue()
             Thread(target=_work_off, args=(self._waiting,), name="sparkdl-compression", daemon=True).start()
 
-    def hook(self, state: None, bucket: dist.GradBucket) -> Future[Tensor]:
+    def hook(self, state: None, bucket: GradBucket) -> Future[Tensor]:
         """As `DistributedDataParallel.register_comm_hook` takes it."""
         work = partial(self._reduce if self.active else self._reduce_whole, bucket)
         if self._waiting is None:
@@ -60,7 +61,7 @@ class CompressedAllReduce:
         return future
 
     @torch.no_grad()
-    def _reduce(self, bucket: dist.GradBucket) -> Tensor:
+    def _reduce(self, bucket: GradBucket) -> Tensor:
         if self._compression.compresses(self._steps):
             buffer = bucket.buffer()
             parts = [(self._names[id(value)], value.shape) for value in bucket.parameters()]
@@ -75,10 +76,11 @@ class CompressedAllReduce:
         else:
             self._reduce_whole(bucket)
         self._steps += bucket.is_last()
-        return bucket.buffer()
+        reduced: Tensor = bucket.buffer()
+        return reduced
 
-    def _reduce_whole(self, bucket: dist.GradBucket) -> Tensor:
-        buffer = bucket.buffer()
+    def _reduce_whole(self, bucket: GradBucket) -> Tensor:
+        buffer: Tensor = bucket.buffer()
         dist.all_reduce(buffer, group=self._group)
         return buffer.div_(dist.get_world_size(self._group))
 
@@ -140,5 +142,5 @@ def _work_off(waiting: "SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] 
         try:
             future.set_result(work())
         except Exception as error:
-            future.set_exception(error)
+            future.set_exception(error)  # type: ignore[arg-type] # torch annotates it as a result
         del given, work, future  # holds a bucket

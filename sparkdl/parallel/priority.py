@@ -209,6 +209,8 @@ class PriorityExchange:
                         self._wait(lambda: bool(self._urgent))
                         told.fill_(heapq.heappop(self._urgent))
                 dist.broadcast(told, 0, group=group)
+                if told < 0:
+                    raise RuntimeError("Connection closed by peer: rank 0 left while gradients were under way")
                 unit = self._owners[int(told)]
                 with self._changed:
                     self._wait(unit.is_there)
@@ -217,7 +219,8 @@ class PriorityExchange:
                 chunk = unit.chunks[int(told) - unit.first_chunk]
                 self._works.put((unit, chunk, dist.all_reduce(chunk, group=group, async_op=True)))
         except _ClosedError:
-            return
+            if self._leads and self._due:  # a thread that waits inside of gloo when the process ends would abort it
+                dist.broadcast(told.fill_(-1), 0, group=group)
         except Exception as error:
             self._fail(error)
 

@@ -41,6 +41,17 @@ COMPRESSIONS: dict[str, Compression] = {
 }
 
 
+ADAMW = OptimizerRecipe("adamw", 0.01)
+
+
+class OwnOptimizer(torch.optim.SGD):
+    """Nobody knows what it does."""
+
+
+def own_optimizer(module: nn.Module) -> list[torch.optim.Optimizer]:
+    return [OwnOptimizer(module.parameters(), lr=0.1)]
+
+
 def mlp(*middle: Callable[[], nn.Module]) -> nn.Module:
     """The same every time; its gradients fill several buckets of 16 KiB."""
     with torch.random.fork_rng():
@@ -78,7 +89,12 @@ def copied(state: dict[str, Any]) -> Any:
 
 # ---- in the ranks ----------------------------------------------------------------------------------------------------
 def opened(
-    options: dict[str, Any], make: Callable[[], nn.Module] = mlp, *, unused: bool = False, **settings: Any
+    options: dict[str, Any],
+    make: Callable[[], nn.Module] = mlp,
+    *,
+    unused: bool = False,
+    recipe: OptimizerRecipe = ADAMW,
+    **settings: Any,
 ) -> DataParallel:
     config = TrainConfig(batch_size=12, num_train_workers=3, **settings)
     module = make()
@@ -86,7 +102,6 @@ def opened(
     module = prepare_module(module, config)
     strategy = DataParallel(**{"bucket_cap_mb": 16 / 1024, **options})
     strategy.check(module, config)
-    recipe = OptimizerRecipe("adamw", 0.01)
     build = optimization_builder(recipe, None, config, steps_per_epoch=STEPS)
     strategy.prepare(module, Objective(nn.CrossEntropyLoss()), build, config, Setting(own_rows(0).part(0, 2), unused))
     return strategy
@@ -225,10 +240,13 @@ def priority() -> dict[str, Any]:
     calm = train(PRIORITY, Wide)
     results["resumed"] = {"calm": calm, "resumed": train(PRIORITY, Wide, resumed=calm["saved"])}
     results["unused"] = failure(lambda: opened(PRIORITY, Unused, unused=True))
+    results["own"] = failure(lambda: opened(PRIORITY, recipe=OptimizerRecipe(configure=own_optimizer)))
     strategy = opened(PRIORITY, Moody)
     for step in range(3):
         strategy.train_step(global_batch(step), 36.0)
     results["moody"] = failure(lambda: strategy.train_step(global_batch(3).part(0, 2), 6.0))
+    strategy.close()
+    dist.barrier()
     return results
 
 
@@ -454,6 +472,7 @@ def test_it_goes_on_to_the_bit_by_priority_too(found: list[dict[str, Any]]) -> N
 def test_priority_needs_all_gradients(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert "all of whose parameters are used, but some parameters have no part" in rank["priority"]["unused"]
+        assert "optimizers of torch, but OwnOptimizer is another" in rank["priority"]["own"]
         assert "some parameters had no part in the output of a step. Use schedule='ready'" in rank["priority"]["moody"]
 
 
