@@ -48,6 +48,9 @@ class ParameterServer:
     gradient as it else goes per step: divide its learning rate by the number of workers. Learning-rate schedules count
     the steps of the slowest worker. Two such runs differ, and so does a resumed one from one that was not interrupted.
 
+    This hides delays that come and go, now on one worker, now on another. Where a worker is always slower, the others
+    wait for it at the end of every epoch, since each has its part of the rows.
+
     BatchNorm's statistics are each worker's own; those of rank 0 are used and kept.
 
     Attributes:
