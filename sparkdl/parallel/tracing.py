@@ -164,6 +164,9 @@ class _Recorder(fx.Interpreter):
 class _Tracer(fx.Tracer):
     """Looks into all submodules but torch's own layers and those that cannot be looked into."""
 
+    # Or what is computed of buffers alone would be computed now, once and for all.
+    proxy_buffer_attributes = True
+
     def __init__(self, whole: frozenset[str]) -> None:
         super().__init__()
         self._whole = whole
