@@ -686,7 +686,7 @@ def test_degrees_that_do_not_multiply_are_refused(strategy: Strategy, message: s
 def test_ranks_of_a_replica_follow_each_other() -> None:
     assert tensor(size=2).replicas(4).groups == ((0, 1), (2, 3))
     assert tensor(size=None).replicas(4).groups == ((0, 1, 2, 3),)
-    assert fsdp().replicas(4).each_rank_is_one
+    assert fsdp().replicas(4).are_ranks(4)
 
 
 def test_the_first_pattern_of_a_plan_counts() -> None:
