@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparkdl.parallel.compression import Compression, Half, Int8, PowerSGD, TopK
     from sparkdl.parallel.ddp import DataParallel
     from sparkdl.parallel.fsdp import FullyShardedDataParallel, HybridShardedDataParallel
+    from sparkdl.parallel.hybrid import Hybrid
     from sparkdl.parallel.local_sgd import LocalSGD
     from sparkdl.parallel.parameter_server import ParameterServer
     from sparkdl.parallel.pipeline import Pipeline
@@ -25,6 +26,7 @@ __all__ = [
     "DataParallel",
     "FullyShardedDataParallel",
     "Half",
+    "Hybrid",
     "HybridShardedDataParallel",
     "Int8",
     "LocalSGD",
@@ -54,6 +56,7 @@ _NAMED = {
     "local_sgd": ("LocalSGD", "local_sgd"),
     "auto": ("Auto", "auto"),
     "pipeline": ("Pipeline", "pipeline"),
+    "hybrid": ("Hybrid", "hybrid"),
 }
 # Further classes that are loaded on first use.
 _OPTIONS: dict[str, str] = {
