@@ -42,7 +42,7 @@ from sparkdl.standalone import TensorRows, fit_module
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=120)
 FEATURES, CLASSES, HELD_OUT = 64, 10, 1024
-PAUSE = 0.02
+PAUSE = 0.1
 """Seconds that a step of a rank sleeps in ``slow``; three times as many in that of the slow rank."""
 
 Line = dict[str, Any]
@@ -86,7 +86,7 @@ def cases() -> list[Case]:
     return [
         *(Case("throughput", ranks, None, 512, 256, 20, {"": 4}) for ranks in (2, 4)),
         *(Case("links", 4, rate, 1300, 128, 8, few) for rate in ("100mbit", "1gbit")),
-        *(Case("slow", ranks, None, 64, 96, 24, {"": 3}, slow) for slow in ("always", "in turn") for ranks in (3, 4)),
+        *(Case("slow", ranks, None, 64, 96, 18, {"": 3}, slow) for slow in ("always", "in turn") for ranks in (3, 4)),
     ]
 
 

@@ -73,7 +73,7 @@ class Candidate:
     @property
     def options(self) -> dict[str, Any]:
         """What the constructor of its class is called with."""
-        names = {
+        names: dict[str, dict[str, Any]] = {
             "ddp": {} if self.compression is None else {"compression": self.compression},
             "hsdp": {"shard_size": self.shard_size},
             "local_sgd": {"sync_every": self.sync_every, "outer": self.outer},
