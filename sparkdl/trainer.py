@@ -256,8 +256,9 @@ class Trainer:
     # ---- after an epoch ----------------------------------------------------------------------------------------------
     def _record(self, plan: ShardPlan, epoch: int, sums: EpochSums) -> dict[str, Any]:
         """What history says of an epoch; the same on all ranks, except for the seconds."""
-        shard_rows, seconds = plan.shard_rows, sums.seconds
+        shard_rows, asked = plan.shard_rows, time.perf_counter()
         total = self._sums_over_ranks(sums)
+        seconds = sums.seconds + time.perf_counter() - asked  # ranks that did not meet before are waited for here
         optimization = self._strategy.optimization
         optimization.average_epoch(epoch)
         record = {
