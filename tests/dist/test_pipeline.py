@@ -171,7 +171,7 @@ def own_rows(strategy: Strategy, step: int, *, weighted: bool) -> Batch:
     batch = global_batch(step, weighted=weighted).part(start, start + sizes[place.dp_rank])
     if not place.reads_inputs:
         return replace(batch, inputs=())
-    return batch if place.reads_labels else Batch(batch.inputs, ())
+    return batch if place.reads_labels else replace(batch, labels=())
 
 
 def prepared(case: Case, module: nn.Module | None = None, **settings: Any) -> tuple[Strategy, TrainConfig]:
