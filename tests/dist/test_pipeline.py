@@ -57,14 +57,17 @@ class Residual(nn.Module):
         return {"scores": self.head(hidden.view(words.shape[0], -1)), "kind": "logits"}
 
 
+TANH, IN_PLACE = nn.Tanh(), nn.ELU(inplace=True)
+
+
 class Images(nn.Module):
     """Convolutions with a BatchNorm behind them, if asked for, and dense layers, of images made of the values."""
 
-    def __init__(self, *, norm: bool = False) -> None:
+    def __init__(self, activation: nn.Module = TANH, *, norm: bool = False) -> None:
         super().__init__()
         self.convolution = nn.Conv1d(1, 4, 3, padding=1)
         self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
-        self.dense = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.dense = nn.Sequential(nn.Linear(24, 16), activation, nn.Linear(16, 8), activation, nn.Linear(8, 3))
 
     def forward(self, words: Tensor, values: Tensor) -> dict[str, Any]:
         features = torch.tanh(self.norm(self.convolution(values[:, None])))
@@ -151,7 +154,7 @@ EXACT = {
     "hybrid": Case(Hybrid),
     "hybrid of four stages": Case(lambda: Hybrid(Pipeline(num_microbatches=5), data_parallel=1)),
     "hybrid of cut layers": Case(lambda: Hybrid(TensorParallel(DENSE), data_parallel=2), Images),
-    "dense": Case(lambda: Hybrid(dense=DENSE), Images),
+    "dense": Case(lambda: Hybrid(dense=DENSE), lambda: Images(IN_PLACE)),
     "dense, in pieces": Case(
         lambda: Hybrid(dense={**DENSE, "dense.4": "rowwise_split"}),
         Images,
