@@ -28,10 +28,12 @@ from sparkdl.parallel import (
     Auto,
     DataParallel,
     FullyShardedDataParallel,
+    Hybrid,
     HybridShardedDataParallel,
     Int8,
     LocalSGD,
     ParameterServer,
+    Pipeline,
     PowerSGD,
     Setting,
     Strategy,
@@ -39,7 +41,6 @@ from sparkdl.parallel import (
     TopK,
     strategy_names,
 )
-from sparkdl.parallel.pipeline import Pipeline
 from sparkdl.trainer import Trainer
 from tests.dist.conftest import Torchrun
 
@@ -74,6 +75,7 @@ class Entry:
 PLAN = {"0": "colwise", "2": "rowwise", "4": "colwise_gather"}
 STRATEGIES: dict[str, Entry] = {
     "ddp": Entry(lambda ranks: DataParallel()),
+    "ddp by priority": Entry(lambda ranks: DataParallel(schedule="priority")),
     "ddp in half precision": Entry(lambda ranks: DataParallel(compression="fp16"), exact=False),
     "ddp with PowerSGD": Entry(lambda ranks: DataParallel(compression=PowerSGD(rank=1)), exact=False),
     "ddp with top-k": Entry(lambda ranks: DataParallel(compression=TopK(ratio=0.2)), exact=False, momentum=0.5),
@@ -85,6 +87,8 @@ STRATEGIES: dict[str, Entry] = {
     "pipeline": Entry(lambda ranks: Pipeline(num_microbatches=ranks)),
     "pipeline, gpipe, in replicas": Entry(lambda ranks: Pipeline(2, ("4",), 3, "gpipe"), ranks=(4,)),
     "pipeline, interleaved": Entry(lambda ranks: Pipeline(4, (), 2, "interleaved", 2), ranks=(2,)),
+    "hybrid": Entry(lambda ranks: Hybrid(), ranks=(4,)),
+    "hybrid of dense layers": Entry(lambda ranks: Hybrid(dense={"2": "colwise", "4": "rowwise"})),
     "local_sgd after every step": Entry(lambda ranks: LocalSGD(sync_every=1), momentum=0),
     "local_sgd": Entry(lambda ranks: LocalSGD(sync_every=3), exact=False, momentum=0),
     "DiLoCo": Entry(lambda ranks: LocalSGD(sync_every=3, outer="nesterov"), exact=False, momentum=0),
