@@ -35,6 +35,7 @@ from links import Place, describe_machine, loopback, open_places, run_ranks
 from torch import Tensor, nn
 
 from sparkdl import parallel
+from sparkdl.callbacks import Callback, RunView
 from sparkdl.config import TrainConfig
 from sparkdl.errors import SparkdlError
 from sparkdl.parallel import Strategy
@@ -140,6 +141,21 @@ class Slow(nn.Module):
         return scores
 
 
+class Clock(Callback):
+    """Notes when training began, and when each epoch was over."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_fit_start(self, run: RunView) -> None:
+        """See `Callback`."""
+        self.ends.append(time.perf_counter())
+
+    def on_epoch_end(self, run: RunView) -> None:
+        """See `Callback`."""
+        self.ends.append(time.perf_counter())
+
+
 def make_module(case: Case) -> nn.Module:
     """The same on all ranks: a chain of four layers."""
     torch.manual_seed(0)
@@ -170,12 +186,7 @@ def run_rank(path: str, case: Case, names: list[str]) -> None:
     dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     rows, held_out = make_rows(case.batch_size * case.steps, 2), make_rows(HELD_OUT, 3)
     for name in names:
-        ends: list[float] = []
-
-        def note(event: dict[str, Any], ends: list[float] = ends) -> None:
-            if event["event"] in ("plan", "epoch"):
-                ends.append(time.perf_counter())
-
+        clock = Clock()
         config = TrainConfig(
             max_epochs=case.epochs.get(name, case.epochs[""]),
             batch_size=case.batch_size,
@@ -191,13 +202,13 @@ def run_rank(path: str, case: Case, names: list[str]) -> None:
                 optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
                 strategy=contenders(case)[name](),
                 config=config,
-                on_event=note,
+                callbacks=[clock],
             )
             with torch.inference_mode():
                 scores = fitted.module(held_out.batch.inputs[0])
                 line["held_out"] = nn.functional.cross_entropy(scores, held_out.batch.labels[0]).item()
             line["losses"] = [record["loss"] for record in fitted.history]
-            line["seconds"] = [after - before for before, after in itertools.pairwise(ends)]
+            line["seconds"] = [after - before for before, after in itertools.pairwise(clock.ends)]
         except (SparkdlError, ImportError, AttributeError) as error:  # the same on all ranks
             line["left_out"] = f"{type(error).__name__}: {error}"
         dist.barrier()
