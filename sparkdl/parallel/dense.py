@@ -7,7 +7,7 @@ of the module, are then never sent; their inputs are, which are few.
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -181,19 +181,19 @@ class _Filling:
 
     def __init__(self) -> None:
         self.rows = self.size = 1
-        self._after: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._after: list[nn.Module] = []
 
     def register(self, part: nn.Module, style: str) -> None:
         """Before `apply_plan`, whose own hooks are then called between these."""
         if style in ("colwise", "colwise_gather", "rowwise_split") or isinstance(part, nn.Embedding):
             part.register_forward_pre_hook(self._fill)
-        if style != "sharded":
-            self._after.append((part, self._copied if style == "colwise" else self._cut))
+        if style not in ("sharded", "colwise"):
+            self._after.append(part)
 
     def register_last(self) -> None:
         """After `apply_plan`."""
-        for part, hook in self._after:
-            part.register_forward_hook(hook)
+        for part in self._after:
+            part.register_forward_hook(self._cut)
 
     def _fill(self, part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         value, *rest = inputs
@@ -201,7 +201,4 @@ class _Filling:
         return (torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]), *rest)
 
     def _cut(self, part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return self._copied(part, inputs, output[: len(output) // self.size * self.rows])
-
-    def _copied(self, part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.clone()  # autograd lets no layer behind work in place on what comes of a DTensor
+        return output[: len(output) // self.size * self.rows]

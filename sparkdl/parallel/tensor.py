@@ -323,6 +323,8 @@ def apply_plan(module: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, 
             part.register_forward_hook(draws.after, always_call=True)
         else:
             parallelize_module(part, mesh, _style(part, style, whole), src_data_rank=None)
+            # autograd lets no layer behind it work in place on what comes of a DTensor
+            part.register_forward_hook(lambda _part, _inputs, output: output.clone())
 
 
 def _style(part: nn.Module, style: str, whole: Placement) -> ParallelStyle:

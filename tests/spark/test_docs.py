@@ -14,7 +14,9 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.spark
-@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/training.md", "docs/reliability.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/guide.md", "docs/training.md", "docs/strategies.md", "docs/reliability.md"]
+)
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     name: str, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
