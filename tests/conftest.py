@@ -13,6 +13,9 @@ from pyspark.sql import SparkSession
 # Executors run the Python of the tests; without this, whatever `python3` is first on the PATH.
 os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+# JVMs of tests live for a minute or two: the second compiler and the parallel collector take more time there than they
+# give. In the environment, so that Connect servers and the executors of a local-cluster get it as well.
+os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 
 @pytest.fixture(scope="session")
