@@ -3,6 +3,7 @@
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +31,9 @@ class Timing:
 
     Attributes:
         rows: Rows of each series of steps, few and many.
-        forward: Seconds of the forward pass and the loss: the median of each series.
+        forward: Seconds of the forward pass and the loss: the lower quartile of each series.
         backward: Seconds of the backward pass, likewise.
-        optimizer: Seconds of the optimizer's step: the median of all.
+        optimizer: Seconds of the optimizer's step: the lower quartile of all.
         jitter: Standard deviation of a step of many rows, by its mean.
         optimizer_state_bytes: What the optimizer keeps after a step.
     """
@@ -197,18 +198,23 @@ def _time(
         while len(series[size]) < 3 or (time.perf_counter() < end and len(series[size]) < _MOST_REPEATS):
             series[size].append(_step(trained, loss, optimization, batch, device))
     states = [state for one in optimization.optimizers for state in one.state.values()]
-    middle = {size: [statistics.median(part) for part in zip(*times, strict=True)] for size, times in series.items()}
+    usual = {size: [_usual(part) for part in zip(*times, strict=True)] for size, times in series.items()}
     totals = sorted(sum(step) for step in series[many])
     return Timing(
         rows=(few, many),
-        forward=(middle[few][0], middle[many][0]),
-        backward=(middle[few][1], middle[many][1]),
-        optimizer=statistics.median(step[2] for times in series.values() for step in times),
+        forward=(usual[few][0], usual[many][0]),
+        backward=(usual[few][1], usual[many][1]),
+        optimizer=_usual([step[2] for times in series.values() for step in times]),
         jitter=_spread(totals),
         optimizer_state_bytes=sum(
             value.nbytes for state in states for value in tree_leaves(state) if isinstance(value, Tensor)
         ),
     )
+
+
+def _usual(seconds: Sequence[float]) -> float:
+    """The lower quartile: what else the machine does in between only adds."""
+    return statistics.quantiles(seconds, n=4)[0]
 
 
 def _spread(values: list[float]) -> float:
