@@ -1,5 +1,7 @@
 """Every way to train in parallel through an Estimator, on barrier tasks of one Spark session."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from sparkdl.parallel import (
     PowerSGD,
     Strategy,
     TensorParallel,
+    TopK,
 )
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(250)]
@@ -65,6 +68,18 @@ class Fails(Callback):
     def on_step_end(self, run: RunView) -> None:
         if run.rank == self.rank and run.step == 3:
             raise ValueError(f"rank {run.rank} has had enough")
+
+
+class Dies(Callback):
+    """Kills the process of one rank after some steps, once."""
+
+    def __init__(self, rank: int, folder: str) -> None:
+        self.rank, self.mark = rank, Path(folder) / "died"
+
+    def on_step_end(self, run: RunView) -> None:
+        if run.rank == self.rank and run.step == 7 and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +173,36 @@ def test_the_failure_of_one_rank_ends_the_fit_of_all(rows: DataFrame, strategy: 
     with pytest.raises(CallbackError, match=f"rank {rank} has had enough"):
         classifier(strategy, callbacks=[Fails(rank)]).fit(rows)
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "rank"),
+    [
+        ("fsdp", 1),
+        (TensorParallel(PLAN, size=2), 2),
+        (Pipeline(stages=2, num_microbatches=2), 0),
+        (Hybrid(dense=PLAN), 3),
+        (LocalSGD(sync_every=3), 2),
+        (LocalSGD(sync_every=2, outer="ring"), 1),
+        (ParameterServer(max_staleness=0), 3),
+        (ParameterServer(max_staleness=0), 0),
+        (DataParallel(compression=TopK(ratio=0.2)), 1),
+    ],
+    ids=["fsdp", "tensor", "pipeline", "dense", "local_sgd", "gossip", "a server", "a worker", "top-k"],
+)
+def test_a_killed_rank_leaves_no_trace_in_the_weights(
+    rows: DataFrame, strategy: Strategy, rank: int, folder: str
+) -> None:
+    def fit(name: str, **params: Any) -> TorchClassificationModel:
+        settings = {"maxEpochs": 3, "checkpointDir": f"{folder}/{name}", "checkpointInterval": 3}
+        return classifier(strategy, **settings, **params).fit(rows)
+
+    calm, disturbed = fit("calm"), fit("disturbed", callbacks=[Dies(rank, folder)])
+    assert len(disturbed.summary.restarts) == 1
+    assert [record["rows"] for record in disturbed.history] == [55] * 3
+    for key, value in calm.module.state_dict().items():
+        assert torch.equal(disturbed.module.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize("make", [lambda: "fsdp", lambda: Pipeline(stages=2, num_microbatches=3, cut_points=("2",))])
