@@ -157,8 +157,8 @@ def plan_profile(
     """What a task must ask for so that an executor has room for one only, or for one per GPU where tasks take several.
 
     Where a task would get several GPUs, each of them is to have a rank: a task then asks for one, and for its share of
-    the cores. Elsewhere, more than half of the executor's cores keep a second task off, whatever the GPUs are. (xgboost and
-    spark-rapids-ml do the same, see SPARK-45527.)
+    the cores. Elsewhere, more than half of the executor's cores keep a second task off, whatever the GPUs are. (xgboost
+    and spark-rapids-ml do the same, see SPARK-45527.)
 
     Args:
         executor_cores: Cores of one executor; None where they are not known.

@@ -163,7 +163,8 @@ def check_strategy(strategy: Strategy, module: nn.Module, config: TrainConfig) -
         )
     ShardPlan((0,) * shards, config.batch_size)
     moving = "balanceShards=True" if config.balance_shards else f"reshuffleInterval={config.reshuffle_interval}"
-    if not replicas.are_ranks(config.num_train_workers) and (config.balance_shards or config.reshuffle_interval is not None):
+    moves = config.balance_shards or config.reshuffle_interval is not None
+    if moves and not replicas.are_ranks(config.num_train_workers):
         raise ConfigError(
             f"{moving} moves rows between ranks that each hold the whole module, but strategy={strategy.name!r} has "
             f"{replicas.dp_size} replicas on {config.num_train_workers} ranks. Leave it out."

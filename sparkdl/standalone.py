@@ -365,7 +365,10 @@ def _check_same(facts: str) -> None:
 def _open_store(
     config: TrainConfig, world: World, *, resume: bool
 ) -> tuple[CheckpointStore | None, str | None, str | None]:
-    """The run's checkpoints, the name of the one to go on from and who wrote it; the same, or the same error, on every process."""
+    """The run's checkpoints, the name of the one to go on from, and what strategy wrote it.
+
+    On every process the same, or the same error.
+    """
     if config.checkpoint_dir is None:
         return None, None, None
     store = CheckpointStore(config.checkpoint_dir, keep=config.keep_checkpoints)

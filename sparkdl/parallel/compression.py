@@ -77,7 +77,7 @@ class Compression(Protocol):
 
 @dataclass(frozen=True)
 class Half:
-    """16 bits per value, "fp16" or "bf16": half of the bytes of single precision.
+    """Sends 16 bits per value, "fp16" or "bf16": half of the bytes of single precision.
 
     Values travel in 16 bits and are added in the gradient's own precision: every rank adds up a part of the bucket and
     hands the mean on, again in 16 bits. A rank sends as many values as in a ring all-reduce. "fp16" is the finer one
@@ -116,7 +116,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Int8:
-    """8 bits per value, and one scale for `BLOCK` of them: a quarter of the bytes of single precision.
+    """Sends 8 bits per value, and one scale for `BLOCK` of them: a quarter of the bytes of single precision.
 
     A value is rounded to one of 255 levels between minus and plus the largest of its block: Dettmers, arXiv 1511.04561;
     scales by block as in QSGD, Alistarh et al., arXiv 1610.02132, but rounded to the nearest level. Every rank adds up

@@ -260,6 +260,9 @@ class HybridShardedDataParallel(FullyShardedDataParallel):
     Parameters are gathered within a group, best of one host; between groups, gradients are summed in each step.
 
     Attributes:
+        wrap: As of `FullyShardedDataParallel`.
+        reshard_after_forward: Likewise.
+        min_parameters: Likewise.
         shard_size: Ranks of one group. None: the ranks of a host where all hosts have as many, and more than one; else
             all ranks. A number makes groups of consecutive ranks.
     """

@@ -155,7 +155,7 @@ def time_module(
         budget_seconds: After so long the last series ends.
 
     Raises:
-        torch.OutOfMemoryError: Not even the step of two rows fits.
+        RuntimeError: Not even the step of two rows fits: `torch.OutOfMemoryError`.
     """
     devices = _devices(module)
     many = max(rows, 2 * _LEAST_ROWS)

@@ -56,7 +56,8 @@ if task_gpus == "2":
     await_slots(spark, 2)
     profile = profile_for(spark, "auto")
     report = preflight(spark, Request(num_train_workers=4), profile=profile)
-    print(json.dumps({"all": run(4, profile), "gpus": [one.as_dict() for one in report.findings if one.check == "GPUs"]}))
+    gpus = [finding for finding in report.as_dict()["findings"] if finding["check"] == "GPUs"]
+    print(json.dumps({"all": run(4, profile), "gpus": gpus}))
     sys.exit()
 
 slots = await_slots(spark, 4)

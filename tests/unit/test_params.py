@@ -129,7 +129,8 @@ VALIDATION = [
 ]  # fmt: skip
 COMMON_AFTER = [
     "strategy", "numTrainWorkers", "numShards", "device", "stagingDir", "checkpointDir", "checkpointInterval",
-    "checkpointSeconds", "keepCheckpoints", "maxRestarts", "minWorkers", "timeouts", "allowUnencryptedTraffic", "verbose",
+    "checkpointSeconds", "keepCheckpoints", "maxRestarts", "minWorkers", "timeouts", "allowUnencryptedTraffic",
+    "verbose",
 ]  # fmt: skip
 SIGNATURES = {
     TorchClassifier: [
