@@ -494,7 +494,7 @@ def test_a_regressor_of_several_targets_writes_an_array_of_doubles(pairs: DataFr
     rows = in_order(found)
     assert_rows_close([row["prediction"] for row in rows], plain(model.module, pair_tensors()[1]))
     assert model.numTargets == 2
-    assert model.predict(pair(3)[1]) == pytest.approx(rows[3]["prediction"], rel=1e-6)
+    assert model.predict(pair(3)[1]) == pytest.approx(rows[3]["prediction"], rel=1e-6, abs=1e-6)
 
 
 # ---- any module, any loss --------------------------------------------------------------------------------------------
@@ -576,7 +576,7 @@ def test_a_loss_and_an_optimizer_that_are_functions_on_staged_rows(
     assert found.schema["found"].dataType.simpleString() == "array<float>"
     outputs = plain(model.module, vectors)
     assert_rows_close([row["found"] for row in in_order(found)], outputs)
-    assert model.predict(Vectors.dense(pair(4)[0])) == pytest.approx(outputs[4].tolist(), rel=1e-6)
+    assert model.predict(Vectors.dense(pair(4)[0])) == pytest.approx(outputs[4].tolist(), rel=1e-6, abs=1e-6)
 
 
 # ---- among Spark's own -----------------------------------------------------------------------------------------------
