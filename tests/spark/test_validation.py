@@ -104,13 +104,20 @@ class Fits:
         return model, [frozenset(steps[step]) for step in sorted(steps)], held
 
 
-@pytest.mark.parametrize("mode", ["spooled", pytest.param("staged", marks=pytest.mark.slow), "in place"])
+@pytest.mark.parametrize(
+    ("mode", "numbers_of_ranks"),
+    [
+        ("spooled", (1, 3)),
+        ("in place", (1, 2)),
+        *(pytest.param(mode, (1, 2, 3), marks=pytest.mark.slow) for mode in ("spooled", "staged", "in place")),
+    ],
+)
 def test_a_fraction_is_validated_on_once_and_the_rest_trained_on_once(
-    spark: SparkSession, tmp_path: Path, mode: str
+    spark: SparkSession, tmp_path: Path, mode: str, numbers_of_ranks: tuple[int, ...]
 ) -> None:
     fits = Fits(spark, tmp_path, mode)
     found = []
-    for ranks in (1, 2, 3):
+    for ranks in numbers_of_ranks:
         model, steps, held = fits.fit(ranks, validationFraction=0.25, seed=4)
         train = Counter(row for rows in steps for row in rows)
         assert set(train.values()) == {1}
@@ -127,17 +134,22 @@ def test_a_fraction_is_validated_on_once_and_the_rest_trained_on_once(
 
 
 @pytest.mark.parametrize(
-    "mode",
-    ["spooled", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("staged", "with checkpoints", "in place"))],
+    ("mode", "numbers_of_ranks"),
+    [
+        ("spooled", (3,)),
+        pytest.param("spooled", (1, 2), marks=pytest.mark.slow),
+        pytest.param("with checkpoints", (2,), marks=pytest.mark.slow),
+        *(pytest.param(mode, (1, 2, 3), marks=pytest.mark.slow) for mode in ("staged", "in place")),
+    ],
 )
 def test_a_second_data_set_is_validated_on_once_and_what_is_trained_on_stays_the_same(
-    spark: SparkSession, tmp_path: Path, mode: str
+    spark: SparkSession, tmp_path: Path, mode: str, numbers_of_ranks: tuple[int, ...]
 ) -> None:
     fits = Fits(spark, tmp_path, mode)
     _, expected, none = fits.fit(2)
     assert none == []
     assert sorted(row for rows in expected for row in rows) == list(range(ROWS))
-    for ranks in (1, 2, 3) if mode != "with checkpoints" else (2,):
+    for ranks in numbers_of_ranks:
         model, steps, held = fits.fit(ranks, validationDataset=fits.second)
         assert steps == expected
         assert held == list(range(ROWS, ROWS + 31))
@@ -249,7 +261,11 @@ def test_the_shards_are_those_of_a_fit_without_validation_also_where_both_end_in
             spark.conf.unset(name) if value is None else spark.conf.set(name, value)
 
 
-@pytest.mark.parametrize("settings", [{}, {"partitioning": "key", "partitionKeyCol": "a key"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"partitioning": "key", "partitionKeyCol": "a key"}],
+    ids=str,
+)
 def test_a_second_dataframe_may_be_cached_or_limited_and_have_more_columns(
     spark: SparkSession, settings: dict[str, Any]
 ) -> None:
@@ -308,12 +324,17 @@ def test_what_cannot_be_is_refused_before_any_job(spark: SparkSession, tmp_path:
 @pytest.mark.parametrize(
     ("mode", "settings", "found"),
     [
-        ("spooled", {"validationFraction": 1e-9}, r"validationFraction=1e-09 drew none of the rows"),
         ("spooled", {"validationIndicatorCol": "held"}, r"validationIndicatorCol='held' is true in no row"),
-        ("spooled", {"validationDataset": None}, r"validationDataset has no rows"),
         ("staged", {"validationDataset": None}, r"validationDataset has no rows"),
-        ("in place", {"validationDataset": None}, r"validationDataset has no rows"),
         ("in place", {"validationFraction": 1e-9}, r"validationFraction=1e-09 drew none of the rows"),
+        *(
+            pytest.param(mode, settings, found, marks=pytest.mark.slow)
+            for mode, settings, found in (
+                ("spooled", {"validationFraction": 1e-9}, r"validationFraction=1e-09 drew none of the rows"),
+                ("spooled", {"validationDataset": None}, r"validationDataset has no rows"),
+                ("in place", {"validationDataset": None}, r"validationDataset has no rows"),
+            )
+        ),
     ],
 )
 def test_a_fit_without_validation_rows_warns(
