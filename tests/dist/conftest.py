@@ -16,6 +16,18 @@ ROOT = Path(__file__).parents[2]
 Torchrun = Callable[[Callable[[], Any], int], list[Any]]
 
 
+# What they say of one strategy each in detail; `test_strategies.py` holds all of them to their contract in every run.
+IN_DETAIL = {"test_ddp", "test_sharded", "test_pipeline", "test_local_sgd", "test_parameter_server"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one strategy in detail are slow where they start ranks."""
+    for item in items:
+        if item.path.stem in IN_DETAIL and "torchrun" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Torchrun:
     """Call a function in ``ranks`` processes under torchrun, with a gloo group; what each returned, in rank order."""
