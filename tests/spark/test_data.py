@@ -356,7 +356,7 @@ def test_where_rows_are_kept_changes_no_weight(narrow: DataFrame, tmp_path: Path
 @pytest.mark.parametrize(
     "settings",
     [
-        {"partitioning": "key", "partitionKeyCol": "bucket"},
+        pytest.param({"partitioning": "key", "partitionKeyCol": "bucket"}, marks=pytest.mark.slow),
         {"partitioning": "batch", "reshuffleInterval": 1},
         {"partitioning": "random", "shuffle": "full", "cache": "disk"},
     ],

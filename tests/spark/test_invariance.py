@@ -217,10 +217,10 @@ def narrow(spark: SparkSession, partitions: Sequence[int]) -> DataFrame:
     return rows.select("id", features.alias("features"), F.cos(F.col("id") * 0.37).alias("label"))
 
 
-def test_spooled_rows_are_trained_on_once_per_epoch_by_1_2_and_4_ranks(spark: SparkSession) -> None:
+def test_spooled_rows_are_trained_on_once_per_epoch_by_1_and_4_ranks(spark: SparkSession) -> None:
     df = narrow(spark, (2, 150, 0, 7, 41))
     models = {
-        workers: take_census(df, 200, workers=workers, shards=SHARDS, batch_size=20, epochs=2) for workers in (1, 2, 4)
+        workers: take_census(df, 200, workers=workers, shards=SHARDS, batch_size=20, epochs=2) for workers in (1, 4)
     }
     for workers, model in models.items():
         assert not model.summary.staged

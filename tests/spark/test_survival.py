@@ -3,6 +3,8 @@
 import random
 import re
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,18 @@ def event(folder: Path, rank: int = 0, step: int = 1, kind: Kind = "none", **mor
     return FailAt(rank, step, kind, str(folder), **more)
 
 
+Undisturbed = Callable[[int], TorchModel]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(rows: DataFrame, tmp_path_factory: pytest.TempPathFactory) -> dict[int, TorchModel]:
-    """The model of a run that nothing happened to, by number of ranks."""
-    return {ranks: fit(rows, event(tmp_path_factory.mktemp("calm")), workers=ranks) for ranks in (2, 4)}
+def undisturbed(rows: DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The model of a run that nothing happened to, from the number of ranks."""
+
+    @cache
+    def fitted(ranks: int) -> TorchModel:
+        return fit(rows, event(tmp_path_factory.mktemp("calm")), workers=ranks)
+
+    return fitted
 
 
 def same(one: TorchModel, other: TorchModel) -> bool:
@@ -74,12 +84,12 @@ def losses(model: TorchModel) -> list[float]:
     [(4, 2, 8, "sigkill"), pytest.param(2, 0, STEPS + 7, "exit", marks=pytest.mark.slow)],
 )
 def test_a_killed_rank_leaves_no_trace_in_the_weights(
-    rows: DataFrame, undisturbed: dict[int, TorchModel], tmp_path: Path, ranks: int, rank: int, step: int, kind: Kind
+    rows: DataFrame, undisturbed: Undisturbed, tmp_path: Path, ranks: int, rank: int, step: int, kind: Kind
 ) -> None:
     model = fit(rows, event(tmp_path, rank, step, kind), workers=ranks)
     assert failed_at(str(tmp_path))
-    assert same(model, undisturbed[ranks])
-    assert losses(model) == pytest.approx(losses(undisturbed[ranks]), rel=1e-9)
+    assert same(model, undisturbed(ranks))
+    assert losses(model) == pytest.approx(losses(undisturbed(ranks)), rel=1e-9)
     assert [record["rows"] for record in model.history] == [ROWS] * EPOCHS
     (restart,) = model.summary.restarts
     assert re.match(rf"A rank's process died without a word.* Started again with {ranks} ranks\.", restart)
@@ -99,12 +109,12 @@ def warm_ups(ranks: int) -> int:
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_any_step_the_weights_are_the_same(
-    rows: DataFrame, undisturbed: dict[int, TorchModel], tmp_path: Path, ranks: int, seed: int
+    rows: DataFrame, undisturbed: Undisturbed, tmp_path: Path, ranks: int, seed: int
 ) -> None:
     draw = random.Random(f"{ranks} {seed}")
     scripted = event(tmp_path, draw.randrange(ranks), draw.randrange(1, EPOCHS * STEPS), "sigkill")
     model = fit(rows, scripted, workers=ranks)
-    assert same(model, undisturbed[ranks]), scripted
+    assert same(model, undisturbed(ranks)), scripted
 
 
 # ---- what is not tried again -----------------------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def test_killed_at_any_step_the_weights_are_the_same(
     ("kind", "reason"),
     [
         ("raise", PLANTED),
-        ("nan", "The loss is nan in step"),
+        pytest.param("nan", "The loss is nan in step", marks=pytest.mark.slow),
         pytest.param("memory", "", marks=pytest.mark.slow),
     ],
 )
@@ -141,13 +151,13 @@ def test_without_a_place_for_checkpoints_a_restart_begins_again(rows: DataFrame,
     assert len(steps_of(str(tmp_path), 0)) >= EPOCHS * STEPS + STEPS
 
 
-def test_checkpoints_are_kept_and_rows_are_not(undisturbed: dict[int, TorchModel]) -> None:
-    model = undisturbed[2]
+def test_checkpoints_are_kept_and_rows_are_not(undisturbed: Undisturbed) -> None:
+    model = undisturbed(4)
     store = CheckpointStore(model.summary.checkpoints)
     newest = store.newest()
     assert newest is not None
     assert newest.step == EPOCHS * STEPS
-    assert newest.facts["world_size"] == 2
+    assert newest.facts["world_size"] == 4
     assert newest.facts["config"]["batch_size"] == BATCH
     assert newest.facts["config"]["timeouts"]["step"] == 600
     state = store.load(newest)
@@ -157,13 +167,13 @@ def test_checkpoints_are_kept_and_rows_are_not(undisturbed: dict[int, TorchModel
     assert all(record["checkpoint"] >= 0 for record in model.history)
 
 
-def test_sigterm_saves_the_next_step(rows: DataFrame, undisturbed: dict[int, TorchModel], tmp_path: Path) -> None:
-    model = fit(rows, event(tmp_path, 1, 8, "sigterm"), workers=2, checkpointInterval=1000)
-    assert same(model, undisturbed[2])
+def test_sigterm_saves_the_next_step(rows: DataFrame, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    model = fit(rows, event(tmp_path, 1, 8, "sigterm"), workers=4, checkpointInterval=1000)
+    assert same(model, undisturbed(4))
     assert re.match(
         "Rank . on .*Preempted: rank 1 was told to stop .*the state after step . was saved", model.summary.restarts[0]
     )
-    assert len(steps_of(str(tmp_path), 0)) <= EPOCHS * STEPS + 1 + warm_ups(2), "steps were repeated"
+    assert len(steps_of(str(tmp_path), 0)) <= EPOCHS * STEPS + 1 + warm_ups(4), "steps were repeated"
 
 
 def test_a_place_for_checkpoints_that_cannot_be_written_is_refused_before_any_rank_starts(
