@@ -18,6 +18,8 @@ from sparkdl.parallel.rank_states import gather_states
 
 __all__ = ["CompressedAllReduce"]
 
+_PATIENCE = 2.0  # seconds for the thread to end, which it does not while it waits for a lost rank
+
 
 class CompressedAllReduce:
     """The communication hook of a compression, and its memory; a rank without others has none to send to.
@@ -47,7 +49,8 @@ class CompressedAllReduce:
         if next(iter(named.values())).device.type == "cpu" and dist.get_world_size() > 1:
             self._group = dist.new_group()
             self._waiting = SimpleQueue()
-            Thread(target=_work_off, args=(self._waiting,), name="sparkdl-compression", daemon=True).start()
+            self._thread = Thread(target=_work_off, args=(self._waiting,), name="sparkdl-compression", daemon=True)
+            self._thread.start()
 
     def hook(self, state: None, bucket: GradBucket) -> Future[Tensor]:
         """As `DistributedDataParallel.register_comm_hook` takes it."""
@@ -133,6 +136,7 @@ class CompressedAllReduce:
         """End the thread, which may still wait for a rank that is gone, and let go of the process group."""
         if self._waiting is not None:
             self._waiting.put(None)
+            self._thread.join(_PATIENCE)
         self._group = None
 
 

@@ -27,6 +27,7 @@ __all__ = ["PriorityExchange", "order_of_use"]
 CHUNK_BYTES = 1 << 20
 """What is sent before a more urgent gradient has its turn; smaller parameters share a message."""
 
+_PATIENCE = 2.0  # seconds for threads to end, which one that waits for a lost rank does not
 _WINDOW = 2  # chunks on their way at once: the second one fills the pauses of the first
 
 
@@ -95,8 +96,11 @@ class PriorityExchange:
         self._error: Exception | None = None
         self._works: SimpleQueue[tuple[_Unit, Tensor, Any] | None] = SimpleQueue()
         self._handles = [value.register_post_accumulate_grad_hook(self._take) for value in parameters]
-        for work in (self._send, self._see_arrive):
-            Thread(target=work, name="sparkdl-priority", daemon=True).start()
+        self._threads = [
+            Thread(target=work, name="sparkdl-priority", daemon=True) for work in (self._send, self._see_arrive)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # ---- in the thread that trains -----------------------------------------------------------------------------------
     def waiting(self) -> TorchFunctionMode:
@@ -132,10 +136,17 @@ class PriorityExchange:
         """The backward pass is over.
 
         Raises:
-            ConfigError: Some parameters got no gradient.
+            ConfigError: Some parameters got no gradient. The other ranks got zeros for them, so that none waits.
         """
         self._armed = False
-        if any(unit.missing for unit in self._units):
+        lacking = [unit for unit in self._units if unit.missing]
+        for unit in lacking:
+            for value in unit.parameters:
+                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
+            self._hand_over(unit)
+        if lacking:
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None or all(unit.unsent == 0 for unit in self._units))
             raise ConfigError(
                 "schedule='priority', but some parameters had no part in the output of a step. Use schedule='ready', "
                 "or freeze these parameters (frozenParameters)."
@@ -149,6 +160,8 @@ class PriorityExchange:
             self._closed = True
             self._changed.notify_all()
         self._works.put(None)
+        for thread in self._threads:
+            thread.join(_PATIENCE)
         self._group = None
 
     def _take(self, parameter: Tensor) -> None:
@@ -156,8 +169,11 @@ class PriorityExchange:
             return
         unit = self._unit_of[id(parameter)]
         unit.missing -= 1
-        if unit.missing:
-            return
+        if not unit.missing:
+            self._hand_over(unit)
+
+    def _hand_over(self, unit: _Unit) -> None:
+        """Let the gradients of a unit be sent."""
         gradients = [value.grad.reshape(-1) for value in unit.parameters if value.grad is not None]
         for value in unit.parameters:
             value.grad = None
