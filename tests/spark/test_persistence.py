@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -116,12 +117,18 @@ def model(fitted: PipelineModel) -> TorchClassificationModel:
     return found
 
 
-@pytest.fixture
-def saved(model: TorchClassificationModel, tmp_path: Path) -> Path:
-    """A saved model, in a directory whose name asks for care."""
-    path = tmp_path / "50% of a model"
+@pytest.fixture(scope="module")
+def written(model: TorchClassificationModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What saving the model wrote, in a directory whose name asks for care; no test changes it."""
+    path = tmp_path_factory.mktemp("written") / "50% of a model"
     model.save(str(path))
     return path
+
+
+@pytest.fixture
+def saved(written: Path, tmp_path: Path) -> Path:
+    """A saved model that a test may change."""
+    return shutil.copytree(written, tmp_path / written.name)
 
 
 @pytest.fixture
