@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)  # bytes: 1 KiB to 16 MiB
 _REPEATS = 9
-_LONG = 0.3  # seconds; an all-reduce that takes longer says enough of the bandwidth
+_LONG, _ENOUGH = 0.3, 1.0  # seconds of an all-reduce: it is repeated less often; larger ones are left out
 _OVERLAP_SIZES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 _OVERLAP_REPEATS = 5
 _SIDE = 256
@@ -219,7 +219,7 @@ def measure_all_reduce(group: dist.ProcessGroup | None, device: torch.device, bu
                 break
         sizes.append(size)
         seconds.append(statistics.median(times))
-        if (late > 0 or seconds[-1] > _LONG) and len(sizes) > 1:
+        if (late > 0 or seconds[-1] > _ENOUGH) and len(sizes) > 1:
             break
     return fit_link(sizes, seconds)
 
