@@ -21,6 +21,7 @@ from sparkdl.io.petastorm import PlannedReader
 from sparkdl.io.plan import RowGroup
 from sparkdl.io.stage import Spool, open_spool
 from sparkdl.io.writer import ROW_GROUP_BYTES
+from sparkdl.parallel import Place
 from sparkdl.source import open_source
 from tests.unit.staged import whole
 
@@ -191,7 +192,7 @@ def test_a_pyarrow_that_cannot_encrypt_is_refused(batch: pa.RecordBatch, monkeyp
 def source_of(cache: CacheTier, batch: pa.RecordBatch, *, encrypt: bool) -> Any:
     spec = RunSpec(run_id="run", config=TrainConfig(cache=cache), columns=COLUMNS, payload=b"", encrypt_spool=encrypt)
     world = World(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, hosts=("here:1",))
-    return open_source(spec, None, None, world, iter([batch.slice(0, 10)]), None)
+    return open_source(spec, None, None, world, Place(0, 1), iter([batch.slice(0, 10)]), None)
 
 
 def test_a_cache_on_disk_is_refused_before_any_rank_joins(batch: pa.RecordBatch) -> None:
