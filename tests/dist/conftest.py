@@ -17,7 +17,7 @@ Torchrun = Callable[[Callable[[], Any], int], list[Any]]
 
 
 # What they say of one strategy each in detail; `test_strategies.py` holds all of them to their contract in every run.
-IN_DETAIL = {"test_ddp", "test_sharded", "test_pipeline", "test_local_sgd", "test_parameter_server"}
+IN_DETAIL = {"test_ddp", "test_sharded", "test_pipeline", "test_local_sgd", "test_parameter_server", "test_probe"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out

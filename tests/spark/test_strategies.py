@@ -110,7 +110,7 @@ def reference(rows: DataFrame) -> TorchClassificationModel:
     return classifier("ddp", numTrainWorkers=1).fit(rows)
 
 
-SLOW = ("hsdp", "local_sgd", "compressed")  # the loop's own contract has them as well
+SLOW = ("hsdp", "local_sgd", "compressed", "DiLoCo")  # the loop's own contract has them as well
 
 
 def named(strategies: dict[str, Any]) -> list[Any]:
@@ -159,7 +159,7 @@ def test_ranks_of_a_pipeline_read_what_they_need(
     ("strategy", "rank"),
     [
         (Pipeline(stages=2, num_microbatches=2), 0),
-        (ParameterServer(), 1),
+        pytest.param(ParameterServer(), 1, marks=pytest.mark.slow, id="parameter_server"),
         pytest.param(ParameterServer(), 3, marks=pytest.mark.slow, id="a server"),
         pytest.param("fsdp", 2, marks=pytest.mark.slow, id="fsdp"),
         pytest.param(TensorParallel(PLAN, size=2), 3, marks=pytest.mark.slow, id="tensor_parallel"),
