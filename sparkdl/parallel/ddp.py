@@ -21,7 +21,7 @@ from sparkdl.objective import Objective
 from sparkdl.optimization import BuildOptimization, Optimization
 from sparkdl.parallel.compression import Compression, build_compression
 from sparkdl.parallel.error_feedback import CompressedAllReduce
-from sparkdl.parallel.gradients import Computed, add_up, compute_gradients
+from sparkdl.parallel.gradients import Computed, add_up, compute_gradients, cut_alike
 from sparkdl.parallel.priority import PriorityExchange, order_of_use
 from sparkdl.parallel.replicas import Replicas
 from sparkdl.parallel.strategy import Setting, StepResult
@@ -268,9 +268,7 @@ class DataParallel:
         if not self._config.sync_batch_norm or self.micro_batch_size is None:
             return batch.split(self.micro_batch_size)
         # BatchNorm layers wait for each other in every forward: all ranks need as many.
-        pieces = torch.tensor(max(1, -(-batch.rows // self.micro_batch_size)), device=batch.inputs[0].device)
-        dist.all_reduce(pieces, dist.ReduceOp.MAX)
-        return batch.cut(int(pieces))
+        return cut_alike(batch, self.micro_batch_size)
 
     def _carefully(self, batch: Batch, scale: float) -> Computed:
         """As `_backward`, but nothing is reduced before all rows are computed: a rank can begin again until then."""

@@ -22,7 +22,7 @@ from sparkdl.errors import ConfigError
 from sparkdl.io.exchange import broadcast, broadcast_state
 from sparkdl.objective import Objective
 from sparkdl.optimization import BuildOptimization
-from sparkdl.parallel.gradients import add_up, compute_gradients
+from sparkdl.parallel.gradients import add_up, compute_gradients, cut_alike
 from sparkdl.parallel.replicas import Replicas
 from sparkdl.parallel.sharded import (
     axis,
@@ -111,7 +111,7 @@ class DenseParallel(TensorParallel):
         began = self._clock()
         for value in self._module.parameters():
             value.grad = None
-        micro_batches = self._micro_batches(batch)
+        micro_batches = cut_alike(batch, self.micro_batch_size)
         sizes = self._sizes(micro_batches)
 
         def around(number: int) -> contextlib.AbstractContextManager[Any]:
@@ -132,14 +132,6 @@ class DenseParallel(TensorParallel):
         self._busy += self._clock() - began
         own = [one for one, rows in zip(computed, micro_batches, strict=True) if rows.rows]
         return StepResult(*add_up(own or computed[:1]), taken)
-
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """As many on all ranks, which compute the dense layers together."""
-        if self.micro_batch_size is None:
-            return [batch]
-        pieces = torch.tensor(max(1, -(-batch.rows // self.micro_batch_size)), device=batch.device)
-        dist.all_reduce(pieces, dist.ReduceOp.MAX)
-        return batch.cut(int(pieces))
 
     def _sizes(self, micro_batches: Sequence[Batch]) -> list[int]:
         """Of each micro-batch, the rows that all ranks fill theirs up to."""

@@ -25,7 +25,7 @@ from sparkdl.errors import ConfigError
 from sparkdl.io.exchange import broadcast_state
 from sparkdl.objective import Objective
 from sparkdl.optimization import BuildOptimization, Optimization
-from sparkdl.parallel.gradients import add_up, compute_gradients
+from sparkdl.parallel.gradients import add_up, compute_gradients, cut_alike
 from sparkdl.parallel.replicas import Replicas, check_degrees
 from sparkdl.parallel.sharded import (
     check_optimizers,
@@ -172,7 +172,7 @@ class FullyShardedDataParallel:
     def train_step(self, batch: Batch, denominator: float) -> StepResult:
         """See `Strategy.train_step`."""
         began = self._clock()
-        micro_batches = self._micro_batches(batch)
+        micro_batches = cut_alike(batch, self.micro_batch_size)
 
         def around(number: int) -> contextlib.AbstractContextManager[Any]:
             last = number == len(micro_batches) - 1
@@ -190,14 +190,6 @@ class FullyShardedDataParallel:
         self._busy += self._clock() - began
         own = [one for one, rows in zip(computed, micro_batches, strict=True) if rows.rows]
         return StepResult(*add_up(own or computed[:1]), taken)
-
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """As many on all ranks, which gather parameters together in every forward."""
-        if self.micro_batch_size is None:
-            return [batch]
-        pieces = torch.tensor(max(1, -(-batch.rows // self.micro_batch_size)), device=batch.device)
-        dist.all_reduce(pieces, dist.ReduceOp.MAX)
-        return batch.cut(int(pieces))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the rows; of none, a forward that the others wait for."""

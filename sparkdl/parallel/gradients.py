@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sparkdl.batch import Batch
 from sparkdl.optimization import Optimization
 
-__all__ = ["Computed", "add_up", "compute_gradients"]
+__all__ = ["Computed", "add_up", "compute_gradients", "cut_alike"]
 
 Computed = list[tuple[Tensor, dict[str, Tensor]]]
 """Of each micro-batch, the sum of its losses, detached, and the sums of what else was logged."""
@@ -50,3 +51,12 @@ def add_up(computed: Computed) -> tuple[Tensor, dict[str, Tensor]]:
     if len(computed) == 1:
         return losses[0], logged[0]
     return torch.stack(losses).sum(), {name: torch.stack([one[name] for one in logged]).sum() for name in logged[0]}
+
+
+def cut_alike(batch: Batch, rows: int | None) -> list[Batch]:
+    """Micro-batches of at most ``rows`` rows, as many on all ranks; a collective where there is a limit."""
+    if rows is None:
+        return [batch]
+    pieces = torch.tensor(max(1, -(-batch.rows // rows)), device=batch.device)
+    dist.all_reduce(pieces, dist.ReduceOp.MAX)
+    return batch.cut(int(pieces))
